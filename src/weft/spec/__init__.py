@@ -1,0 +1,14 @@
+"""What a model is, as a strict, serialisable tree. Importing this package never imports torch."""
+
+from weft.spec.base import Leaf, Spec, StateSpec, parse
+from weft.spec.channels import MLP, Gated, RWKVChannelMix
+from weft.spec.mixers import GRU, LSTM, Attention, CrossAttention, Mamba
+from weft.spec.model import Block, Dropout, Group, ModelSpec, model_spec, read_model_spec
+from weft.spec.norms import LayerNorm, RMSNorm
+from weft.spec.positions import Learned, LinearScaling, Llama3Scaling, NoPosition, Rope, Sinusoidal, YarnScaling
+
+__all__ = [
+    "GRU", "LSTM", "MLP", "Attention", "Block", "CrossAttention", "Dropout", "Gated", "Group", "LayerNorm", "Leaf", "Learned",
+    "LinearScaling", "Llama3Scaling", "Mamba", "ModelSpec", "NoPosition", "RMSNorm", "RWKVChannelMix", "Rope", "Sinusoidal",
+    "Spec", "StateSpec", "YarnScaling", "model_spec", "parse", "read_model_spec",
+]  # fmt: skip
