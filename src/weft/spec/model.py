@@ -88,6 +88,7 @@ class ModelSpec(Spec):
     scale_embeddings  multiply embeddings by sqrt(dim) (2017, Gemma).
     final_norm        a norm before the head (all pre-norm models; not GPT-1).
     logit_softcap     logits become softcap * tanh(logits / softcap) (Gemma 2).
+    init_std          standard deviation of initial weights; those that write into the residual stream have it over sqrt(2 layers).
     """
 
     vocab: PositiveInt
@@ -102,6 +103,7 @@ class ModelSpec(Spec):
     head_bias: bool = False
     logit_softcap: PositiveFloat | None = None
     dropout: Dropout = Dropout()
+    init_std: PositiveFloat = 0.02
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSpec":

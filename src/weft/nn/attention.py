@@ -1,0 +1,72 @@
+"""Self-attention: multi-head, multi-query and grouped-query, with an optional sliding window."""
+
+import torch
+from torch import Tensor, nn
+
+from weft.nn.attend import attend_fused, attend_grouped
+from weft.nn.linear import Linear
+from weft.nn.mixer import Side, Site, State, register
+from weft.nn.norm import build_norm
+from weft.nn.rope import Rope, rotate
+from weft.nn.step import Step, allowed
+from weft.spec import Attention as AttentionSpec
+from weft.spec import StateSpec
+
+
+@register(AttentionSpec)
+class Attention(nn.Module):
+    """Keys and values are APPEND state, or RING state under a window (Mistral, Jiang et al. 2023, section 2).
+
+    One fused projection `qkv` holds queries, then keys, then values.
+    """
+
+    def __init__(self, spec: AttentionSpec, site: Site) -> None:
+        super().__init__()
+        self.spec, self.dim = spec, site.dim
+        self.heads, self.groups, self.width = spec.heads, spec.num_kv_heads, spec.width(site.dim)
+        self.scale = spec.scale or self.width**-0.5
+        self.dropout = site.dropout.attention
+        self.qkv = Linear(site.dim, (self.heads + 2 * self.groups) * self.width, site.init_std, spec.qkv_bias)
+        self.out = Linear(self.heads * self.width, site.dim, site.residual_std, spec.out_bias)
+        self.q_norm = build_norm(spec.qk_norm, self.width) if spec.qk_norm else None
+        self.k_norm = build_norm(spec.qk_norm, self.width) if spec.qk_norm else None
+        self.rope = Rope(spec.rope, self.width) if spec.rope else None
+
+    def state_spec(self) -> StateSpec | None:
+        return self.spec.state(self.dim)
+
+    def forward(self, x: Tensor, step: Step, views: State | None = None) -> tuple[Tensor, Side]:
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.width)
+        q, k, v = heads.split([self.heads, self.groups, self.groups], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None:
+            cos, sin = self.rope.tables(step)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if views is None:
+            mixed = self._attend_parallel(q, k, v, step)
+        else:
+            views["k"].write(k, step)
+            views["v"].write(v, step)
+            (k, positions), (v, _) = views["k"].read(step), views["v"].read(step)
+            mask = step.once(("mask", self.spec.window, k.shape[1]), lambda: allowed(step, positions, self.spec.window))
+            mixed = attend_grouped(q, k.to(q.dtype), v.to(q.dtype), mask, self.scale, self.spec.softcap)
+        return self.out(mixed.reshape(batch, length, -1)), Side()
+
+    def _attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if self.spec.causal and step.plain and self.spec.softcap is None and (self.spec.window or q.shape[1]) >= q.shape[1]:
+            return attend_fused(q, k, v, None, self.scale, dropout)
+        mask = step.once(("parallel mask", self.spec.causal, self.spec.window), lambda: self._parallel_mask(step))
+        if self.spec.softcap is None:
+            return attend_fused(q, k, v, mask, self.scale, dropout)
+        return attend_grouped(q, k, v, mask, self.scale, self.spec.softcap, dropout)
+
+    def _parallel_mask(self, step: Step) -> Tensor:
+        if self.spec.causal:
+            return allowed(step, step.positions, self.spec.window)
+        mask = step.valid[:, None, :] | torch.eye(step.length, dtype=torch.bool, device=step.valid.device)
+        if step.segments is not None:
+            mask = mask & (step.segments[:, :, None] == step.segments[:, None, :])
+        return mask.expand(-1, step.length, -1)

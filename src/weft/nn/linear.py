@@ -1,0 +1,16 @@
+"""The affine map every part uses, with the initialisation of its place in the model."""
+
+from torch import nn
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b; W is drawn from N(0, std^2) and b starts at zero."""
+
+    def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False) -> None:
+        self.std = std
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)

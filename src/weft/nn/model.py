@@ -1,0 +1,170 @@
+"""The model: embedding, blocks, head; and what it returns."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from weft.nn.block import Block, build_block
+from weft.nn.mixer import Site
+from weft.nn.norm import build_norm
+from weft.nn.position import build_position
+from weft.nn.step import Step
+from weft.spec import ModelSpec
+
+Pending = list[dict[str, dict[str, Tensor]]]
+
+
+class Output:
+    """What a model returns.
+
+    hidden   [B, T, D] after the final norm: what the head reads.
+    logits   [B, T, vocab], computed when first asked for, so that a loss may take them in chunks through `model.logits`.
+    pending  per layer and part, the FIXED state that `Arena.commit` will make current.
+    aux      "layer.part.name" -> tensor, what layers hand to objectives and metrics.
+    """
+
+    def __init__(self, model: "Model", hidden: Tensor, pending: Pending, aux: dict[str, Tensor]) -> None:
+        self._model, self.hidden, self.pending, self.aux = model, hidden, pending, aux
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            self._logits = self._model.logits(self.hidden)
+        return self._logits
+
+    def logits_at(self, index: Tensor) -> Tensor:
+        """Logits [B, vocab] at one token a row; index [B] int64 counts within this pass."""
+        rows = torch.arange(index.shape[0], device=index.device)
+        return self._model.logits(self.hidden[rows, index])
+
+
+class Model(nn.Module):
+    """A stack of blocks between an embedding and a head, as a ModelSpec describes it.
+
+    It owns no decode state: that is the arena's. A tied head is the embedding's own parameter.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        blocks = spec.blocks()
+        residual_std = spec.init_std / math.sqrt(2 * len(blocks))
+        site = Site(spec.dim, spec.norm, spec.dropout, spec.init_std, residual_std)
+        self.embed = Embedding(spec.vocab, spec.dim, spec.init_std)
+        self.position = build_position(spec.position, spec.dim, spec.init_std)
+        self.dropout = nn.Dropout(spec.dropout.embed)
+        self.blocks = nn.ModuleList(build_block(block, site) for block in blocks)
+        self.norm = build_norm(spec.norm, spec.dim) if spec.final_norm else None
+        self.head = Head(spec)
+        self.gradient_checkpointing = False
+
+    def state_spec(self) -> list[dict[str, Any]]:
+        """Decode state a layer and part; a part that cannot run incrementally says None."""
+        return [block.state_spec() for block in self.layers()]
+
+    def layers(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        step: Step | None = None,
+        views: Sequence[dict[str, Any]] | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+    ) -> Output:
+        """Run tokens [B, T] int64 through every layer.
+
+        step    None treats each row as one document from position 0, no padding.
+        views   an arena's views for incremental work; None is the parallel training pass.
+        memory  (entries [B, S, M], lengths [B]) for cross-attention where no arena was primed.
+        """
+        step = Step.parallel(tokens) if step is None else step
+        if memory is not None:
+            step.memory = memory
+        x = self.embed(tokens)
+        if self.spec.scale_embeddings:  # rounded to the working dtype first, as the published weights expect
+            x = x * torch.tensor(math.sqrt(self.spec.dim), dtype=x.dtype, device=x.device)
+        if self.position is not None:
+            x = self.position(x, step.positions)
+        x = self.dropout(x)
+        pending: Pending = []
+        aux: dict[str, Tensor] = {}
+        recompute = self.gradient_checkpointing and self.training and views is None
+        for i, block in enumerate(self.blocks):
+            if recompute:
+                x, sides = checkpoint(block, x, step, None, use_reentrant=False)
+            else:
+                x, sides = block(x, step, None if views is None else views[i])
+            pending.append({name: side.pending for name, side in sides.items()})
+            for name, side in sides.items():
+                aux.update({f"{i}.{name}.{key}": value for key, value in side.aux.items()})
+        return Output(self, x if self.norm is None else self.norm(x), pending, aux)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of hidden states [..., D] that went through the final norm."""
+        logits: Tensor = self.head(hidden, self.embed.weight)
+        return logits
+
+
+class Head(nn.Module):
+    """The map from hidden states to logits. A tied head owns no weight: it is lent the embedding's, which stays one parameter."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.std, self.softcap = spec.init_std, spec.logit_softcap
+        self.weight = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab, spec.dim))
+        self.bias = nn.Parameter(torch.empty(spec.vocab)) if spec.head_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        logits = F.linear(hidden, embedding if self.weight is None else self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class Embedding(nn.Embedding):
+    """A table of token vectors drawn from N(0, std^2)."""
+
+    def __init__(self, rows: int, dim: int, std: float) -> None:
+        self.std = std
+        super().__init__(rows, dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+
+def build(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int | None = None) -> Model:
+    """Build a model with initial weights; `seed` makes them reproducible. On `meta` it has shapes and no memory.
+
+    Memory is taken once, in the final dtype, and filled by each module's `reset_parameters`.
+    """
+    with torch.device("meta"):
+        model = Model(spec).to(dtype)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    initialise(model, seed)
+    return model
+
+
+def initialise(model: nn.Module, seed: int | None = None) -> None:
+    """Call `reset_parameters` of every module, children before parents; a given seed leaves the global generator untouched."""
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"][:1]
+    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for module in reversed(list(model.modules())):
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()

@@ -1,0 +1,98 @@
+"""Views: the only code that knows how a growing leaf of state lies in memory.
+
+A view writes this pass's entries and reads everything visible back as `(values, absolute key positions)`, so that one mask rule
+serves every layout. Values are [B, K, *leaf shape]; positions are int64 [B, K], negative where a slot holds nothing.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weft.nn.step import Step
+
+
+class View(Protocol):
+    """What a mixer may do with a growing leaf."""
+
+    def write(self, new: Tensor, step: Step) -> None:
+        """Store entries [B, T, *shape] at this step's positions; padding goes to a slot nobody reads."""
+
+    def read(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Everything a query of this step may see, its own entries included."""
+
+
+class _Slots:
+    """Shared by dense and ring: a buffer [rows, *lead, capacity + 1, last] whose final slot collects padding.
+
+    The token axis stands before the last one, so that keys and values lie head by head and attention's batched products
+    read them in place.
+    """
+
+    def __init__(self, buffer: Tensor, token_axis: int) -> None:
+        self.entries = buffer.movedim(token_axis, 1)
+        self.capacity = self.entries.shape[1] - 1
+
+    def _store(self, new: Tensor, step: Step, slots: Tensor) -> None:
+        rows = torch.arange(new.shape[0], device=new.device) if step.rows is None else step.rows
+        index = torch.where(step.valid, slots, self.capacity)
+        self.entries.index_put_((rows[:, None], index), new.to(self.entries.dtype))
+
+    def _load(self, step: Step) -> Tensor:
+        entries = self.entries[:, : self.capacity]
+        return entries if step.rows is None else entries[step.rows]
+
+
+class Dense(_Slots):
+    """Slot = position."""
+
+    def write(self, new: Tensor, step: Step) -> None:
+        self._store(new, step, step.positions)
+
+    def read(self, step: Step) -> tuple[Tensor, Tensor]:
+        return self._load(step), step.once(("dense", self.capacity), lambda: _filled(step, self.capacity))
+
+
+class Ring(_Slots):
+    """Slot = position mod capacity, with capacity = window - 1 + max_chunk: room for a chunk that may yet be rejected."""
+
+    def write(self, new: Tensor, step: Step) -> None:
+        self._store(new, step, step.positions % self.capacity)
+
+    def read(self, step: Step) -> tuple[Tensor, Tensor]:
+        return self._load(step), step.once(("ring", self.capacity), lambda: self._newest(step))
+
+    def _newest(self, step: Step) -> Tensor:
+        """The newest position congruent to each slot; negative means the slot was never written."""
+        last = (step.start + step.n_new - 1)[:, None]
+        slots = torch.arange(self.capacity, device=last.device)
+        return last - (last - slots) % self.capacity
+
+
+class Paged:
+    """Entries in pages [pages, page, *shape] found through the step's table; page 0 collects padding.
+
+    `read` gathers a copy: the reference that a kernel working in place has to equal.
+    """
+
+    def __init__(self, pool: Tensor) -> None:
+        self.pool = pool
+        self.page = pool.shape[1]
+
+    def write(self, new: Tensor, step: Step) -> None:
+        assert step.table is not None
+        column = (step.positions // self.page).clamp(max=step.table.shape[1] - 1)
+        pages = torch.where(step.valid, step.table.gather(1, column), 0)
+        self.pool.index_put_((pages, step.positions % self.page), new.to(self.pool.dtype))
+
+    def read(self, step: Step) -> tuple[Tensor, Tensor]:
+        assert step.table is not None
+        values = self.pool[step.table].flatten(1, 2)
+        capacity = values.shape[1]
+        return values, step.once(("dense", capacity), lambda: _filled(step, capacity))
+
+
+def _filled(step: Step, capacity: int) -> Tensor:
+    """Positions [B, capacity] of slots in order, -1 from the first unwritten one on."""
+    slots = torch.arange(capacity, device=step.start.device)
+    return torch.where(slots < (step.start + step.n_new)[:, None], slots, -1)
