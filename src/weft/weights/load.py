@@ -1,0 +1,154 @@
+"""Opens a model: a folder in Hugging Face layout, a folder of ours, or a GGUF file."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+
+from weft.errors import UserError
+from weft.files import read_text
+from weft.nn import Model, build
+from weft.spec import ModelSpec
+from weft.weights.files import TensorFiles
+from weft.weights.gguf import GGUF, read_gguf
+from weft.weights.map import TensorSource, identity_rules, load_tensors
+from weft.zoo import FAMILIES, Family, from_config, llama_gguf
+from weft.zoo.family import explained
+from weft.zoo.rules import Rule
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk whose description has been read and checked, its weights not yet.
+
+    path      the folder or the GGUF file; its tokenizer, where it has one, is found there.
+    family    how its weights are named.     config  config.json, or a GGUF file's metadata.
+    """
+
+    path: Path
+    family: Family
+    spec: ModelSpec
+    config: dict[str, Any]
+    files: TensorSource
+
+    @property
+    def is_gguf(self) -> bool:
+        return isinstance(self.files, GGUFTensors)
+
+    def rules(self, model: Model) -> list[Rule]:
+        """The rows that lead from this file to `model`."""
+        if self.is_gguf:
+            return llama_gguf.rules(self.spec)
+        return self.family.rules(self.spec) or identity_rules(model)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, in eval mode, and where it came from."""
+
+    model: Model
+    checkpoint: Checkpoint
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+
+class GGUFTensors:
+    """The tensors of a GGUF file behind the interface of `TensorFiles`."""
+
+    def __init__(self, file: GGUF) -> None:
+        self.file = file
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.file.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file.info(name).shape)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.file.read(name, dtype)
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        self.file.read_into(name, out)
+
+
+def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+    """Read a model into memory, in eval mode.
+
+    source  a model folder or a GGUF file.
+    dtype   of all parameters; None takes the one the weights are stored in (float32 for GGUF).
+
+    Memory is taken once, in the final dtype, and every stored tensor is read straight into its place. Raises UserError where
+    anything is missing, superfluous, damaged, or describes a model that Weft would compute differently.
+    """
+    checkpoint = open_checkpoint(source)
+    return Loaded(load_weights(checkpoint, device, dtype), checkpoint)
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Read and check a model's description and the headers of its weights."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if not path.is_dir():
+        raise UserError(f"there is no model at {path}; give a model folder or a .gguf file.")
+    config = read_config(path)
+    family, spec = from_config(config)
+    return Checkpoint(path, family, spec, config, TensorFiles(path))
+
+
+def load_weights(checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
+    """The model of a checkpoint, its weights read."""
+    model = build(checkpoint.spec, "meta", dtype or stored_dtype(checkpoint)).to_empty(device=device)
+    prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
+    load_tensors(model, checkpoint.rules(model), checkpoint.files, prefix, str(checkpoint.path))
+    return model.eval()
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most of a checkpoint's largest tensors; float32 for GGUF, whose tensors are dequantised."""
+    files = checkpoint.files
+    if not isinstance(files, TensorFiles):
+        return torch.float32
+    largest = max(files.names, key=lambda name: torch.Size(files.shape(name)).numel())
+    dtype = files.dtype(largest)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise UserError(f"{checkpoint.path} stores {largest} as {dtype}, which is quantised; give float weights or a GGUF file.")
+    return dtype
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json; raises UserError where it is missing or not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; give the folder of a model as transformers or weft saves it.")
+    try:
+        config = json.loads(read_text(path, "config"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON: {error}. Fetch or save the model again.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object; give the folder of a model as transformers or weft saves it.")
+    return config
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = read_gguf(path)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    factors = file.read(llama_gguf.ROPE_FACTORS).tolist() if llama_gguf.ROPE_FACTORS in shapes else None
+    try:
+        spec = llama_gguf.from_gguf(file.metadata, shapes, factors)
+    except pydantic.ValidationError as error:
+        raise explained(str(path), error) from None
+    return Checkpoint(path, FAMILIES["llama"], spec, file.metadata, GGUFTensors(file))

@@ -1,0 +1,195 @@
+"""Reads a family's weight map both ways: the tensors of a file into a model, and a model's into names and layouts of a file.
+
+Loading streams: each stored tensor is read straight into its place inside one of our parameters, so that memory beyond the model stays
+small. Coverage is checked both ways before anything is read: every stored tensor has a row, every parameter is filled, every shape fits.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import UserError, nearest
+from weft.zoo.rules import Alias, Cat, Copy, Drop, Interleave, One, Reshape, Rule, Source, Stack, Transpose
+
+
+class TensorSource(Protocol):
+    """A file of named tensors: a folder of safetensors or a GGUF file."""
+
+    @property
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor: ...
+
+    def read_into(self, name: str, out: Tensor) -> None: ...
+
+
+def identity_rules(model: nn.Module) -> list[Rule]:
+    """The map of a file under our own names."""
+    return [One(name, Copy(name)) for name, _ in model.named_parameters()]
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, rules: Iterable[Rule], files: TensorSource, prefix: str, what: str) -> None:
+    """Fill every parameter of `model`, of any dtype and device, from `files`.
+
+    prefix  what a file of the base model alone leaves out of every name; such a file is read as well.
+    what    the file's name in messages.
+
+    Raises UserError naming the tensors for one that is missing, one that no row knows, one of another shape than the model's, and a
+    tied head that differs from the embedding.
+    """
+    rules = list(rules)
+    names = _Names(files, rules, prefix, what)
+    plan = _plan(model, rules, names, what)
+    aliases = {rule.of: names.real(rule.name) for rule in rules if isinstance(rule, Alias)}
+    for name, source, place in plan:
+        _read(files, name, source, place)
+        alias = aliases.get(source.name)
+        if alias in names.stored:  # at once: embeddings come first, when little of the model's memory is in use yet
+            _check_alias(files, alias, name, place, what)
+
+
+class _Names:
+    """The names a file really has for the names that rows give: with or without the prefix, or an older word."""
+
+    def __init__(self, files: TensorSource, rules: list[Rule], prefix: str, what: str) -> None:
+        self.stored = set(files.names)
+        self.files = files
+        self.strip = prefix if prefix and not any(name.startswith(prefix) for name in self.stored) else ""
+        self.known: set[str] = set()
+        for rule in rules:
+            optional = [rule.name] if isinstance(rule, Drop | Alias) else []
+            for name in [*optional, *(word for source in _sources(rule) for word in (source.name, *source.older))]:
+                self.known.add(self.real(name))
+        if extra := sorted(self.stored - self.known):
+            close = nearest(extra[0], self.known)
+            raise UserError(
+                f"{what} holds {_count(extra, 'tensor')} this model has no place for: {_listed(extra)}.{close} "
+                "Its config.json describes another model; give the one that was saved with these weights."
+            )
+
+    def real(self, name: str) -> str:
+        return name.removeprefix(self.strip)
+
+    def find(self, source: Source) -> str | None:
+        """The stored name of a source, or None where the file lacks it."""
+        return next((name for name in map(self.real, (source.name, *source.older)) if name in self.stored), None)
+
+
+def _plan(model: nn.Module, rules: list[Rule], names: _Names, what: str) -> list[tuple[str, Source, Tensor]]:
+    """What is read and where it goes; every problem of names and shapes is found here, before anything is read."""
+    ours = dict(model.named_parameters())
+    plan: list[tuple[str, Source, Tensor]] = []
+    missing: list[str] = []
+    for rule in rules:
+        if isinstance(rule, Drop | Alias):
+            continue
+        assert rule.ours in ours, f"the weight map fills {rule.ours}, which the model does not have"
+        for source, place in zip(_sources(rule), split(rule, ours.pop(rule.ours).detach()), strict=True):
+            name = names.find(source)
+            if name is None:
+                missing.append(names.real(source.name))
+                continue
+            expected, given = stored_shape(source, place), tuple(names.files.shape(name))
+            if expected != given:
+                raise UserError(
+                    f"{what}: {name} is {_shape(given)}, but {rule.ours} of this model needs {_shape(expected)} there; "
+                    "config.json and weights belong to different models."
+                )
+            plan.append((name, source, place))
+    assert not ours, f"the weight map fills no {', '.join(ours)}"
+    if missing:
+        raise UserError(
+            f"{what} lacks {_count(missing, 'tensor')} the model needs: {_listed(missing)}. "
+            "Fetch or save the model again; a file of the base model without its head has no untied lm_head."
+        )
+    return plan
+
+
+def _sources(rule: Rule) -> tuple[Source, ...]:
+    if isinstance(rule, One):
+        return (rule.source,)
+    return rule.sources if isinstance(rule, Cat | Stack) else ()
+
+
+def split(rule: One | Cat | Stack, tensor: Tensor) -> tuple[Tensor, ...]:
+    """The parts of one of our tensors, views of it, one a source."""
+    if isinstance(rule, One):
+        return (tensor,)
+    if isinstance(rule, Cat):
+        return torch.split(tensor, list(rule.sizes))
+    return tensor.unbind(0)
+
+
+def stored_shape(source: Source, ours: Tensor) -> tuple[int, ...]:
+    """The shape that one of our tensors, or a part of it, has in the file."""
+    if isinstance(source, Transpose):
+        return tuple(reversed(ours.shape))
+    return source.shape if isinstance(source, Reshape) else tuple(ours.shape)
+
+
+def as_stored(source: Source, ours: Tensor) -> Tensor:
+    """One of our tensors, or a part of it, in the file's layout: a view wherever the layout allows one."""
+    if isinstance(source, Transpose):
+        return ours.t()
+    if isinstance(source, Reshape):
+        return ours.view(source.shape)
+    return _pairs(source, ours).reshape(ours.shape) if isinstance(source, Interleave) else ours
+
+
+def _pairs(source: Interleave, ours: Tensor) -> Tensor:
+    """Rows [heads * width, ...] as a view [heads, width / 2, 2, ...]: channel i of a head beside channel i + width / 2."""
+    return ours.view(source.heads, 2, -1, *ours.shape[1:]).transpose(1, 2)
+
+
+def _read(files: TensorSource, name: str, source: Source, place: Tensor) -> None:
+    if isinstance(source, Interleave):
+        view = _pairs(source, place)
+        view.copy_(files.read(name).view(view.shape))
+    else:
+        files.read_into(name, as_stored(source, place))
+
+
+def _check_alias(files: TensorSource, alias: str, name: str, place: Tensor, what: str) -> None:
+    """A second name of a tied tensor must hold the same numbers as `place`, which was read from `name`."""
+    if files.shape(alias) == tuple(place.shape):
+        second = files.read(alias)
+        if all(
+            torch.equal(mine, given.to(mine.device, mine.dtype))
+            for mine, given in zip(torch.split(place, 256), torch.split(second, 256), strict=True)
+        ):
+            return
+    raise UserError(f"{what}: {alias} differs from {name}, but config.json ties them; set tie_word_embeddings to false to keep both.")
+
+
+@torch.no_grad()
+def stored_tensors(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors under the file's names and layouts, in the rows' order; views where the layout allows.
+
+    `tensors` are all parameters by our names; each must have exactly one row.
+    """
+    left = dict(tensors)
+    for rule in rules:
+        if isinstance(rule, Drop | Alias):
+            continue
+        parts = split(rule, left.pop(rule.ours).detach())
+        for source, part in zip(_sources(rule), parts, strict=True):
+            yield source.name, as_stored(source, part)
+    assert not left, f"no row of the weight map writes {', '.join(left)}"
+
+
+def _count(names: list[str], noun: str) -> str:
+    return f"a {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(str(size) for size in shape) or "a single number"

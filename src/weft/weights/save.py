@@ -1,0 +1,120 @@
+"""Writes a model as a folder that transformers, Weft and other tools load: config.json, safetensors, tokenizer."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from weft.errors import UserError
+from weft.files import atomic_folder, atomic_write
+from weft.nn import Model
+from weft.weights.files import write_safetensors
+from weft.weights.map import identity_rules, stored_tensors
+from weft.zoo import Family, describe
+
+# What a model folder may hold: a folder with anything else in it is somebody's, and is not replaced.
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.md",
+    "*.txt",
+    "*.png",
+    "*.yaml",
+    "LICENSE*",
+    ".gitattributes",
+)
+
+
+class SavedTokenizer(Protocol):
+    """What saving asks of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_ids(self) -> Iterable[int]: ...
+
+    def save(self, folder: Path) -> object: ...
+
+
+def save_model(
+    model: Model,
+    folder: str | Path,
+    tokenizer: SavedTokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    family: Family | None = None,
+) -> Path:
+    """Write a model folder in one step: a reader, or a crash, sees the old folder or the new one.
+
+    tokenizer  saved beside the weights; its special ids go into config.json and generation_config.json.
+    dtype      what weights are rounded to; None keeps the model's.
+    family     tried first; otherwise the first family of the zoo that can hold the model's spec, ours if none can.
+
+    Raises UserError where `folder` holds files that are no part of a model.
+    """
+    folder = Path(folder)
+    check_replaceable(folder)
+    with atomic_folder(folder) as partial:
+        write_folder(model, partial, tokenizer, dtype, max_shard_bytes, family)
+    return folder
+
+
+def write_folder(
+    model: Model,
+    folder: Path,
+    tokenizer: SavedTokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+    family: Family | None = None,
+) -> None:
+    """The same into an existing empty folder, file by file."""
+    family, described = describe(model.spec, family)
+    tensors = dict(model.named_parameters())
+    rules = family.rules(model.spec) or identity_rules(model)
+    write_safetensors(folder, stored_tensors(tensors, rules), max_shard_bytes, dtype=dtype)
+    stored = dtype or next(iter(tensors.values())).dtype
+    ids = special_ids(tokenizer)
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **described,
+        **ids,
+        "torch_dtype": str(stored).removeprefix("torch."),
+    }
+    _write_json(folder / "config.json", config)
+    if ids["eos_token_id"] is not None:
+        _write_json(folder / "generation_config.json", ids)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def special_ids(tokenizer: SavedTokenizer | None) -> dict[str, Any]:
+    """The ids of a tokenizer under transformers' names. All are written, null too: an absent key means the class's default there."""
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if tokenizer is not None:
+        ends = sorted(tokenizer.eos_ids)
+        ids["bos_token_id"] = tokenizer.bos_id
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    return ids
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError where writing a model folder would destroy something that is not one."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the name of a folder to write the model into.")
+    if not folder.is_dir():
+        return
+    strange = [path.name for path in sorted(folder.iterdir()) if path.is_dir() or not any(path.match(form) for form in _MODEL_FILES)]
+    if strange or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        shown = strange[0] if strange else next(folder.iterdir()).name
+        raise UserError(f"{folder} holds {shown}, which is no part of a model, and would be replaced; give a new or empty folder.")
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    atomic_write(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
