@@ -27,6 +27,7 @@ _MODEL_FILES = (
     "*.yaml",
     "LICENSE*",
     ".gitattributes",
+    "additional_chat_templates",
 )
 
 
@@ -38,6 +39,9 @@ class SavedTokenizer(Protocol):
 
     @property
     def eos_ids(self) -> Iterable[int]: ...
+
+    @property
+    def pad_id(self) -> int | None: ...
 
     def save(self, folder: Path) -> object: ...
 
@@ -98,8 +102,8 @@ def special_ids(tokenizer: SavedTokenizer | None) -> dict[str, Any]:
     """The ids of a tokenizer under transformers' names. All are written, null too: an absent key means the class's default there."""
     ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer is not None:
-        ends = sorted(tokenizer.eos_ids)
-        ids["bos_token_id"] = tokenizer.bos_id
+        ends = list(tokenizer.eos_ids)
+        ids["bos_token_id"], ids["pad_token_id"] = tokenizer.bos_id, tokenizer.pad_id
         ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     return ids
 
@@ -110,7 +114,7 @@ def check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} is a file; give the name of a folder to write the model into.")
     if not folder.is_dir():
         return
-    strange = [path.name for path in sorted(folder.iterdir()) if path.is_dir() or not any(path.match(form) for form in _MODEL_FILES)]
+    strange = [path.name for path in sorted(folder.iterdir()) if not any(path.match(form) for form in _MODEL_FILES)]
     if strange or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
         shown = strange[0] if strange else next(folder.iterdir()).name
         raise UserError(f"{folder} holds {shown}, which is no part of a model, and would be replaced; give a new or empty folder.")
