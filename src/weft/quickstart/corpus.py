@@ -29,63 +29,11 @@ TABLE_SHARE = 0.5  # a module with as large a share of its text in tables is lef
 LISTED_LINES = 0.25  # a table's lines end in a comma: a module with fewer such lines has no large one
 
 FOLDERS_LEFT_OUT = frozenset(("__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "env"))
-SUFFIXES = frozenset(
-    [
-        ".py",
-        ".pyi",
-        ".txt",
-        ".md",
-        ".rst",
-        ".tex",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".cxx",
-        ".hpp",
-        ".cu",
-        ".java",
-        ".js",
-        ".jsx",
-        ".ts",
-        ".tsx",
-        ".go",
-        ".rs",
-        ".rb",
-        ".php",
-        ".pl",
-        ".sh",
-        ".sql",
-        ".lua",
-        ".kt",
-        ".swift",
-        ".scala",
-        ".clj",
-        ".hs",
-        ".ml",
-        ".jl",
-        ".r",
-        ".cs",
-        ".fs",
-        ".el",
-        ".lisp",
-        ".scm",
-        ".ex",
-        ".exs",
-        ".erl",
-        ".dart",
-        ".zig",
-        ".nim",
-        ".f90",
-        ".html",
-        ".css",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".cfg",
-        ".ini",
-    ]
-)
+SUFFIXES = frozenset((
+    ".py", ".pyi", ".txt", ".md", ".rst", ".tex", ".html", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".java", ".js", ".jsx", ".ts",
+    ".tsx", ".go", ".rs", ".rb", ".php", ".pl", ".sh", ".sql", ".lua", ".kt", ".swift", ".scala", ".clj", ".hs", ".ml", ".jl", ".r", ".cs",
+    ".fs", ".el", ".lisp", ".scm", ".ex", ".exs", ".erl", ".dart", ".zig", ".nim", ".f90", ".css", ".yaml", ".yml", ".toml", ".cfg", ".ini",
+))  # fmt: skip
 MIN_BYTES = 50_000
 MAX_BYTES = 48_000_000  # below the window of `xz -9` (64 MiB), and more than a few minutes of training can read
 

@@ -41,9 +41,9 @@ def make_pairs(files: Iterable[SourceFile], max_prompt: int, max_body: int) -> l
             continue
         lines = file.text.split("\n")
         for node in ast.walk(tree):
-            if isinstance(node, Function) and (pair := _cut(node, lines, file.path)) is not None:
-                if len(pair.prompt) <= max_prompt and len(pair.body) <= max_body:
-                    pairs.setdefault((pair.prompt, pair.body), pair)
+            pair = _cut(node, lines, file.path) if isinstance(node, Function) else None
+            if pair is not None and len(pair.prompt) <= max_prompt and len(pair.body) <= max_body:
+                pairs.setdefault((pair.prompt, pair.body), pair)
     return list(pairs.values())
 
 
@@ -52,7 +52,8 @@ def _cut(node: Function, lines: list[str], path: str) -> Pair | None:
     if len(node.body) < 2 or ast.get_docstring(node, clean=False) is None:
         return None
     docstring, rest = node.body[0], node.body[1]
-    assert docstring.end_lineno is not None and node.end_lineno is not None
+    assert docstring.end_lineno is not None
+    assert node.end_lineno is not None
     if not node.lineno < docstring.lineno <= docstring.end_lineno < rest.lineno:
         return None
     margin = " " * node.col_offset

@@ -4,6 +4,7 @@ import gzip
 import lzma
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from weft.quickstart import baselines
 from weft.quickstart.baselines import ByteNgram, gzip_bits, xz_bits, xz_bits_given
 
-TEXT = open(baselines.__file__, "rb").read()
+TEXT = Path(baselines.__file__).read_bytes()
 TRAINING, HELDOUT = TEXT[:-1501], TEXT[-1501:]
 
 

@@ -101,11 +101,11 @@ def test_a_large_corpus_is_thinned_by_whole_files_and_says_so(tmp_path, monkeypa
     ],
 )
 def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, files, words):
-    with pytest.raises(UserError, match="give|convert") as caught:
+    with pytest.raises(UserError, match=r"give|convert") as caught:
         read_folder(fill(tmp_path, files))
     assert words in str(caught.value)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
         read_folder(tmp_path / "nowhere")
