@@ -32,6 +32,9 @@ class Attention(nn.Module):
         self.k_norm = build_norm(spec.qk_norm, self.width) if spec.qk_norm else None
         self.rope = Rope(spec.rope, self.width) if spec.rope else None
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"qkv.weight": (self.heads * self.width, self.groups * self.width, self.groups * self.width)}
+
     def state_spec(self) -> StateSpec | None:
         return self.spec.state(self.dim)
 

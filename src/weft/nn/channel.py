@@ -48,6 +48,9 @@ class Gated(nn.Module):
         self.gate_up = Linear(site.dim, 2 * spec.hidden, site.init_std, spec.bias)
         self.down = Linear(spec.hidden, site.dim, site.residual_std, spec.bias)
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"gate_up.weight": (self.down.in_features, self.down.in_features)}
+
     def state_spec(self) -> StateSpec:
         return {}
 

@@ -25,6 +25,9 @@ class CrossAttention(nn.Module):
         self.kv = Linear(spec.memory_dim or site.dim, 2 * self.groups * self.width, site.init_std, spec.qkv_bias)
         self.out = Linear(self.heads * self.width, site.dim, site.residual_std, spec.out_bias)
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"kv.weight": (self.groups * self.width, self.groups * self.width)}
+
     def state_spec(self) -> StateSpec:
         return self.spec.state(self.dim)
 

@@ -42,6 +42,9 @@ class Mamba(nn.Module):
             self.A_log.copy_(decay.log().expand_as(self.A_log))
             self.D.fill_(1.0)
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"in_proj.weight": (self.inner, self.inner), "x_proj.weight": (self.rank, self.spec.state_dim, self.spec.state_dim)}
+
     def state_spec(self) -> StateSpec:
         return self.spec.state(self.dim)
 

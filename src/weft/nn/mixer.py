@@ -35,6 +35,7 @@ class Mixer(Protocol):
 
     Optional: `commit(views, pending, accepted)` -> new FIXED leaves, pure, for state that is replayed rather than stored;
     `prime(memory, lengths)` -> STATIC leaves; `after_step(stats)` for buffers that move after an optimiser step.
+    `fused_rows()` -> {parameter: rows}: which of its parameters hold several matrices one below the other, and the rows of each.
     """
 
     def state_spec(self) -> StateSpec | None: ...

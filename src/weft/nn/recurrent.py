@@ -34,6 +34,9 @@ class _Gated(nn.Module):
         for parameter in (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh):
             nn.init.uniform_(parameter, -1 / math.sqrt(self.hidden), 1 / math.sqrt(self.hidden))
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        return {name: (self.hidden,) * self.gates for name in ("weight_ih", "weight_hh")}
+
     def state_spec(self) -> StateSpec:
         return self.spec.state(self.dim)
 

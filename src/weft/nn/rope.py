@@ -23,6 +23,8 @@ class Rope(nn.Module):
     def __init__(self, spec: RopeSpec, head_dim: int) -> None:
         super().__init__()
         self.spec, self.head_dim = spec, head_dim
+        self.factor = attention_factor(spec)
+        self.key = f"rope {head_dim} {spec!r}"  # a string, because the compiler cannot look into a spec's hash
         self.register_buffer("inverse_frequencies", torch.empty(head_dim // 2, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
@@ -39,12 +41,11 @@ class Rope(nn.Module):
 
     def tables(self, step: Step) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [B, T, 1, head_dim / 2], for this step's positions."""
-        return step.once(("rope", self.spec, self.head_dim), lambda: self._tables(step.positions))
+        return step.once(self.key, lambda: self._tables(step.positions))
 
     def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[..., None, None].float() * self.inverse_frequencies
-        factor = attention_factor(self.spec)
-        return angles.cos() * factor, angles.sin() * factor
+        return angles.cos() * self.factor, angles.sin() * self.factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -82,10 +82,11 @@ def _explain(kind: Any, error: pydantic.ValidationError) -> str:
     problems = error.errors()
     # A misspelt key also reports the key it should have been as missing: the misspelling is the one to tell.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    path, given = [str(part) for part in problem["loc"]], problem["input"]
+    path, given = _walk(kind, problem["loc"])[0], problem["input"]
     where = ".".join(path) or "the top level"
     if problem["type"] == "extra_forbidden":
-        allowed = _field_names(kind, problem["loc"][:-1])
+        owners = _walk(kind, problem["loc"][:-1])[1]
+        allowed = sorted({name for owner in owners for name in owner.model_fields})
         return f"unknown key '{path[-1]}' at {where}.{nearest(path[-1], allowed)} Allowed here: {', '.join(allowed)}."
     if problem["type"] == "missing":
         return f"the key '{path[-1]}' is missing at {where}; add it."
@@ -101,15 +102,18 @@ def _explain(kind: Any, error: pydantic.ValidationError) -> str:
     return f"{where} is {given!r}, but {message[0].lower()}{message[1:]}."
 
 
-def _field_names(kind: Any, path: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed at a place in the tree: follow the path through fields, list items and union branches."""
-    candidates = _models_in(kind)
+def _walk(kind: Any, path: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """Follow a path through fields, list items and union branches: its parts without the branches' names, and where it ends."""
+    shown, candidates = [], _models_in(kind)
     for part in path:
-        if isinstance(part, int):
-            continue
         branch = [c for c in candidates if part in (c.__name__, _tag(c))]
-        candidates = branch or [m for c in candidates if part in c.model_fields for m in _models_in(c.model_fields[part].annotation)]
-    return sorted({name for c in candidates for name in c.model_fields})
+        if branch and not any(part in c.model_fields for c in candidates):
+            candidates = branch
+            continue
+        shown.append(str(part))
+        if not isinstance(part, int):
+            candidates = [m for c in candidates if part in c.model_fields for m in _models_in(c.model_fields[part].annotation)]
+    return shown, candidates
 
 
 def _tag(model: type[BaseModel]) -> Any:

@@ -76,6 +76,7 @@ def _layer_kind(value: Any) -> str:
 
 
 Layer = Annotated[Annotated[Block, Tag("Block")] | Annotated[Group, Tag("Group")], Discriminator(_layer_kind)]
+Group.model_rebuild()
 
 
 class ModelSpec(Spec):
@@ -136,7 +137,7 @@ class ModelSpec(Spec):
 
     def flops(self, length: int) -> int:
         """Floating-point operations of one forward pass over one sequence of `length` tokens; training costs three times this."""
-        layers = sum(part.flops(self.dim, length) for block in self.blocks() for part in block.parts().values())
+        layers: int = sum(part.flops(self.dim, length) for block in self.blocks() for part in block.parts().values())
         return layers + 2 * length * self.dim * self.vocab
 
     def state(self) -> list[dict[str, StateSpec]] | None:
