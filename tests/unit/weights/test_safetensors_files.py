@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from weft.errors import UserError
 from weft.weights import pieces
-from weft.weights.files import INDEX, SINGLE, TensorFiles, write_safetensors
+from weft.weights.files import TensorFiles, write_safetensors
+from weft.weights.layout import INDEX, SINGLE
 from weft.weights.safetensors_header import read_safetensors_header
 
 
