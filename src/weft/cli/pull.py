@@ -1,5 +1,6 @@
 """`weft pull`: fetch a model into the cache."""
 
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ def pull(
         model = hub.pull(name, revision=revision, offline=offline, progress=show, save_as=save_as, verify=verify, note=note)
     count = f"{len(model.files)} file{'s' if len(model.files) > 1 else ''}"
     say(f"{model.name} is here: {size(model.bytes)}, {count}, in {model.path}")
+    if sys.stderr.isatty():
+        say(f"Next: weft chat {model.name}")
     if json_output:
         emit_json(describe(model))
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from weft.errors import UserError
 
 # Real headers reach about 20 MB (a vocabulary of 256k with its merges); Python objects take several times the bytes on disk.
-MAX_HEADER_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 64 * 2**20
 MAX_DIMS = 4
 MAX_NESTING = 4
 DEFAULT_ALIGNMENT = 32

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from weft.errors import UserError
 from weft.weights import pieces
 from weft.weights.files import TensorFiles, write_safetensors
+from weft.weights.gguf_write import write_gguf
 from weft.weights.layout import INDEX, SINGLE
 from weft.weights.safetensors_header import read_safetensors_header
 
@@ -320,9 +321,9 @@ def peak_ratio(kind: str, path, dtype: str) -> float:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """220 MB of weights, half of them one embedding, in one file and in shards."""
+    """227 MB of weights, half of them one embedding, in one file and in shards."""
     folder = tmp_path_factory.mktemp("large")
-    values = {"embedding": torch.rand(28_000, 1000)} | {f"layer.{i}": torch.rand(2200, 1250) for i in range(10)}
+    values = {"embedding": torch.rand(28_000, 1024)} | {f"layer.{i}": torch.rand(2200, 1280) for i in range(10)}
     write_safetensors(folder / "one", values.items())
     write_safetensors(folder / "shards", values.items(), max_shard_bytes=60e6)
     assert (folder / "one" / SINGLE).stat().st_size > 200e6
@@ -334,3 +335,13 @@ def test_loading_streams(large):
     for ratio in (peak_ratio("files", large / "one", "float32"), peak_ratio("files", large / "shards", "bfloat16")):
         assert 0.9 < ratio <= 1.2
     assert peak_ratio("safe_open", large / "one", "float32") > 1.5, "a mapped file would have passed as well: the test measures nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_dequantising_streams(large):
+    files = TensorFiles(large / "one")
+    path = large / "q8_0.gguf"
+    write_gguf(path, {}, [(name, files.shape(name), "Q8_0", lambda name=name: files.read(name)) for name in files.names])
+    assert 0.9 < peak_ratio("gguf", path, "float32") <= 1.2
+    assert 0.9 < peak_ratio("gguf", path, "bfloat16") <= 1.2
