@@ -32,4 +32,5 @@ def progress() -> "Progress":
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console(), transient=True)
+    out = console()
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=out, transient=True, disable=not out.is_terminal)
