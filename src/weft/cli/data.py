@@ -33,10 +33,11 @@ def prepare(
     """Tokenise text into memory-mapped shards with a held-out part."""
     from weft.data.prepare import Settings
     from weft.data.prepare import prepare as run
-    from weft.data.sources import Reading
+    from weft.data.sources import Reading, check_used, find_files
     from weft.tokenizer import load_tokenizer
 
     settings = Settings(Reading(field, separator, tuple(pattern)), valid, cast("Method", holdout))
+    check_used(find_files(inputs, pattern), settings.reading)
     with progress() as bar:
         tasks: dict[str, Any] = {}
 

@@ -63,6 +63,7 @@ class Batches:
 
     def batch(self, step: int) -> PackedBatch:
         """This rank's rows of global batch `step`, counted from 0."""
+        assert step >= 0
         share = self.batch_size // self.world
         owners = self._draw.owners(step * self.batch_size + self.rank * share, share)
         groups = []

@@ -62,7 +62,7 @@ class RowOrder:
 
     def __init__(self, num_rows: int, shuffle: bool, *keys: int) -> None:
         self.num_rows, self._shuffle, self._keys = num_rows, shuffle, keys
-        self._block, self._rows = -1, np.empty(0, np.int64)
+        self._memo = (-1, np.empty(0, np.int64))  # replaced as one, so that threads may share it
 
     def rows(self, draws: np.ndarray) -> np.ndarray:
         """The row of each draw [n] int64, as int64 [n]."""
@@ -76,11 +76,12 @@ class RowOrder:
         return out
 
     def _block_rows(self, block: int) -> np.ndarray:
-        if block != self._block:
+        known, out = self._memo
+        if known != block:
             draws = np.arange(block * self.BLOCK, (block + 1) * self.BLOCK, dtype=np.int64)
             epochs, out = draws // self.num_rows, draws % self.num_rows
             for epoch in np.unique(epochs):
                 here = epochs == epoch
                 out[here] = Permutation(self.num_rows, *self._keys, int(epoch))(out[here])
-            self._block, self._rows = block, out
-        return self._rows
+            self._memo = (block, out)
+        return out

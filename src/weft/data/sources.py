@@ -109,6 +109,15 @@ def read_documents(path: Path, reading: Reading) -> Iterator[Document]:
     return read_text_documents(path, reading.separator, reading.piece_bytes)
 
 
+def check_used(corpus: Corpus, reading: Reading) -> None:
+    """Raise UserError for a setting that no file of the corpus would make use of."""
+    records = [_kind(path) in JSONL + PARQUET for path in corpus.files]
+    if reading.field is not None and not any(records):
+        raise UserError(f"a field '{reading.field}' was named, but no file is JSONL or Parquet; leave the field out for plain text.")
+    if reading.separator is not None and all(records):
+        raise UserError("a separator line was given, but no file is plain text; in JSONL and Parquet each record is a document.")
+
+
 def _kind(path: Path) -> str:
     """The ending that tells the format: `.jsonl` for `a.jsonl.gz`."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
