@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from weft.nn.fill import fill_normal
+
 
 class Linear(nn.Linear):
     """y = x W^T + b; W is drawn from N(0, std^2) and b starts at zero."""
@@ -11,6 +13,6 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        fill_normal(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

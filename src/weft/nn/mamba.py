@@ -37,6 +37,8 @@ class Mamba(nn.Module):
 
     def reset_parameters(self) -> None:
         """A = -(1, 2, ..., N) a channel (the S4D-real start) and D = 1."""
+        if self.A_log.is_meta:
+            return
         with torch.no_grad():
             decay = torch.arange(1, self.spec.state_dim + 1, device=self.A_log.device, dtype=torch.float32)
             self.A_log.copy_(decay.log().expand_as(self.A_log))
@@ -55,11 +57,11 @@ class Mamba(nn.Module):
         c = F.silu(self.conv(taps, step))
         low, b, read = self.x_proj(c).split([self.rank, self.spec.state_dim, self.spec.state_dim], -1)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        dt = F.softplus(self.dt_proj(low).to(wide))
+        dt = _softplus(self.dt_proj(low).to(wide))
         inputs = {"dt": dt, "c": c.to(wide), "b": b.to(wide), "fresh": step.positions == 0}
         before = dt.new_zeros(x.shape[0], self.inner, self.spec.state_dim) if views is None else views["h"].to(wide)
         h = self._states(inputs, before)
-        y = torch.einsum("btin,btn->bti", h, read.to(wide)) + inputs["c"] * self.D.to(wide)
+        y = self._read(h, read.to(wide), views is None) + inputs["c"] * self.D.to(wide)
         y = self.out_proj(y.to(x.dtype) * F.silu(gate))
         if views is None:
             return y, Side()
@@ -79,6 +81,10 @@ class Mamba(nn.Module):
         tail = accepted[:, None] + torch.arange(self.spec.conv - 1, device=accepted.device)
         return {"h": h[:, -1], "conv": pending["taps"][rows[:, None], tail]}
 
+    def _read(self, h: Tensor, read: Tensor, parallel: bool) -> Tensor:
+        """C_t h_t, [B, T, inner]. Training saves memory with a batched product, whose sums differ in the last bit with the batch."""
+        return torch.einsum("btin,btn->bti", h, read) if parallel else (h * read[:, :, None]).sum(-1)
+
     def _states(self, inputs: dict[str, Tensor], before: Tensor, live: Tensor | None = None) -> Tensor:
         """Every state [B, T, inner, state_dim] of the discretised recurrence (Gu and Dao 2023, equation 4, with Euler's B)."""
         dt = inputs["dt"]
@@ -89,6 +95,11 @@ class Mamba(nn.Module):
             live = live[..., None, None]
             decay, drive = decay.masked_fill(~live, 1.0), drive.masked_fill(~live, 0.0)
         return linear_scan(decay, drive, before)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), from operations whose bits do not depend on where an element lies; torch's own rounds the end of a tensor otherwise."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
 class _Taps(nn.Module):
@@ -124,6 +135,8 @@ class _StepSize(Linear):
         super().__init__(rank, channels, rank**-0.5, bias=True)
 
     def reset_parameters(self) -> None:
+        if self.weight.is_meta:
+            return
         bound = self.in_features**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from weft.nn.fill import fill_normal
 from weft.spec import Learned as LearnedSpec
 from weft.spec import Sinusoidal as SinusoidalSpec
 from weft.spec import Spec
@@ -18,7 +19,7 @@ class Learned(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        fill_normal(self.weight, self.std)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         return x + nn.functional.embedding(positions.clamp(max=self.weight.shape[0] - 1), self.weight)
