@@ -219,7 +219,7 @@ def test_saving_replaces_a_model_but_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [BY_NAME["llama"]], ids=str)
 def test_folders_that_are_no_models(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no model at"):
+    with pytest.raises(UserError, match="there is no file or folder"):
         load_model(tmp_path / "absent")
     with pytest.raises(UserError, match=r"no config\.json"):
         load_model(tmp_path)

@@ -11,10 +11,11 @@ import torch
 
 from weft.errors import UserError
 from weft.files import read_text
-from weft.nn import Model, build
+from weft.nn import Model, build, materialise
 from weft.spec import ModelSpec
 from weft.weights.files import TensorFiles
 from weft.weights.gguf import GGUF, read_gguf
+from weft.weights.hub import find_model
 from weft.weights.map import TensorSource, identity_rules, load_tensors
 from weft.zoo import FAMILIES, Family, from_config, llama_gguf
 from weft.zoo.family import explained
@@ -85,7 +86,7 @@ class GGUFTensors:
 def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Loaded:
     """Read a model into memory, in eval mode.
 
-    source  a model folder or a GGUF file.
+    source  a model folder, a GGUF file, or the name of a pulled model.
     dtype   of all parameters; None takes the one the weights are stored in (float32 for GGUF).
 
     Memory is taken once, in the final dtype, and every stored tensor is read straight into its place. Raises UserError where
@@ -97,11 +98,9 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Read and check a model's description and the headers of its weights."""
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
+    path = find_model(source)
+    if path.is_file():
         return _open_gguf(path)
-    if not path.is_dir():
-        raise UserError(f"there is no model at {path}; give a model folder or a .gguf file.")
     config = read_config(path)
     family, spec = from_config(config)
     return Checkpoint(path, family, spec, config, TensorFiles(path))
@@ -109,7 +108,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 def load_weights(checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
     """The model of a checkpoint, its weights read."""
-    model = build(checkpoint.spec, "meta", dtype or stored_dtype(checkpoint)).to_empty(device=device)
+    model = materialise(build(checkpoint.spec, "meta", dtype or stored_dtype(checkpoint)), device)
     prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
     load_tensors(model, checkpoint.rules(model), checkpoint.files, prefix, str(checkpoint.path))
     return model.eval()
