@@ -1,0 +1,59 @@
+"""`weft train`: a recipe, with overrides, into a trained model."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from weft.cli.console import emit_json, progress, say
+
+
+def train(
+    recipe: Path = typer.Argument(..., help="A YAML recipe.", show_default=False),
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings in place of the recipe's, such as optim.lr=3e-4."),
+    restart: bool = typer.Option(False, "--restart", help="Throw away the run that out holds and begin again."),
+    json: bool = typer.Option(False, "--json", help="Print the run card as the last line."),
+) -> None:
+    """Train a model from a recipe. The same command goes on where an interrupted run stopped."""
+    from weft.train.recipe import read_recipe
+
+    read = read_recipe(recipe, overrides or [])
+
+    from weft.train.assemble import run_recipe
+    from weft.train.callbacks import ProgressLine
+
+    with progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"data: {stage}", total=total)
+            bar.update(tasks[stage], completed=done)
+
+        class Line(ProgressLine):
+            def on_start(self, card: dict[str, Any]) -> None:
+                bar.stop()
+                super().on_start(card)
+
+        card = run_recipe(read, restart, [Line()], report)
+    if json:
+        emit_json(card)
+    say(_closing(card, str(recipe)))
+    if card["status"] == "interrupted":
+        raise typer.Exit(130)
+
+
+def _closing(card: dict[str, Any], recipe: str) -> str:
+    """What came out, and what to do next."""
+    run, out = card["run"], card["out"]
+    if card["status"] == "interrupted":
+        done = f"Interrupted after step {run['steps_done']}"
+        if run["steps"] is None:
+            return f"{done}, before the pace was known: nothing is kept. Run the same command to begin again."
+        return f"{done} of {run['steps']}, which is saved in {out}/last. Run the same command to go on."
+    lines = [f"{card['status']} after {run['steps_done']} steps: training loss {card['loss']:.4f}"]
+    if card["best"]:
+        lines.append(f"best held-out loss {card['best']['loss']:.4f} at step {card['best']['step']}: {out}/best")
+    lines.append(f"last weights: {out}/last   run card: {out}/run.md")
+    lines.append(f'next: weft generate {out}/{"best" if card["best"] else "last"} -p "…"')
+    return "\n".join(lines)

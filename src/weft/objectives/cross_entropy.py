@@ -1,0 +1,167 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+Logits of N tokens over V ids in float32 are the largest tensor of a small model's training step. Here they live for one chunk of
+tokens at a time, and the chunk's gradients are taken while they are there: three matrix products in all, as many as with all logits
+at once, and memory O(chunk * V) (Wijmans et al. 2024 and Hsu et al. 2024 do the same in kernels).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.nn import Model
+
+CHUNK = 1024  # tokens whose logits are held at once
+
+
+class Head(NamedTuple):
+    """The map from hidden states to logits: weight [V, D], bias [V] or None, and Gemma's soft cap or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+
+class Smoothing(NamedTuple):
+    """What is added to the plain loss.
+
+    label   share of the target spread evenly over all ids (Szegedy et al. 2016, section 7).
+    z       factor of the squared log-partition function (PaLM, Chowdhery et al. 2022, section 5).
+    """
+
+    label: float = 0.0
+    z: float = 0.0
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, scalars in float32 or wider: the loss, which carries the gradient, and the plain negative log-likelihood."""
+
+    loss: Tensor
+    nll: Tensor
+
+
+def head_of(model: Model) -> Head:
+    """The head of a model; a tied one is its embedding."""
+    head = model.head
+    return Head(model.embed.weight if head.weight is None else head.weight, head.bias, head.softcap)
+
+
+def naive_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing = Smoothing()) -> Sums:
+    """The definition, with all logits at once; the twin that `linear_cross_entropy` is tested against."""
+    logits = F.linear(hidden, head.weight, head.bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    log_partition = logits.logsumexp(-1)
+    nll = log_partition - logits.gather(-1, targets[:, None])[:, 0]
+    uniform = log_partition - logits.mean(-1)
+    losses = (1 - smoothing.label) * nll + smoothing.label * uniform + smoothing.z * log_partition.square()
+    return Sums((losses * mask).sum(), (nll.detach() * mask).sum())
+
+
+def linear_cross_entropy(
+    hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing = Smoothing(), chunk: int = CHUNK
+) -> Sums:
+    """Sums over tokens of the cross-entropy of `softmax(head(hidden))` against `targets`.
+
+    hidden [N, D]; targets [N] int64; mask [N], bool or weights, zero where a token does not count (its target may be anything in
+    range). Products run in autocast's dtype where it is on, sums over ids and tokens in float32 (float64 stays).
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
+        loss, nll = _Chunked.apply(hidden, head.weight, head.bias, targets, mask, head.softcap, smoothing, chunk)
+        return Sums(loss, nll)
+    return _sweep(hidden, head, targets, mask, smoothing, chunk, None)
+
+
+class _Gradients:
+    """Gradients of the summed loss, filled chunk by chunk; None where nobody asks for one."""
+
+    def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype, wanted: tuple[bool, bool, bool]) -> None:
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if head.bias is not None and wanted[2] else None
+
+    def add(self, start: int, hidden: Tensor, weight: Tensor, dlogits: Tensor) -> None:
+        """hidden [C, D] and weight [V, D] in the dtype of the products; dlogits [C, V] wide."""
+        narrow = dlogits.to(weight.dtype)
+        if self.hidden is not None:
+            self.hidden[start : start + hidden.shape[0]] = (narrow @ weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            self.weight += narrow.t() @ hidden
+        if self.bias is not None:
+            self.bias += dlogits.sum(0)
+
+
+def _sweep(
+    hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing, chunk: int, gradients: _Gradients | None
+) -> Sums:
+    """Both sums, one chunk of tokens after another, and the gradients of the first one."""
+    device = hidden.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    wide = torch.float64 if narrow == torch.float64 else torch.float32
+    with torch.autocast(device, enabled=False):
+        weight, bias = head.weight.to(narrow), None if head.bias is None else head.bias.to(narrow)
+        sums = torch.zeros(2, dtype=wide, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk):
+            h, target = hidden[start : start + chunk].to(narrow), targets[start : start + chunk, None]
+            kept = mask[start : start + chunk].to(wide)
+            logits = F.linear(h, weight, bias).to(wide)
+            if head.softcap is not None:
+                logits = head.softcap * torch.tanh(logits / head.softcap)
+            log_partition = logits.logsumexp(-1)
+            nll = log_partition - logits.gather(-1, target)[:, 0]
+            losses = (1 - smoothing.label) * nll + smoothing.z * log_partition.square()
+            if smoothing.label:
+                losses = losses + smoothing.label * (log_partition - logits.mean(-1))
+            sums = sums + torch.stack([(losses * kept).sum(), (nll * kept).sum()])
+            if gradients is not None:
+                gradients.add(start, h, weight, _dlogits(logits, log_partition, target, kept, head.softcap, smoothing))
+    return Sums(sums[0], sums[1])
+
+
+def _dlogits(logits: Tensor, log_partition: Tensor, target: Tensor, kept: Tensor, softcap: float | None, smoothing: Smoothing) -> Tensor:
+    """Gradient [C, V] of the masked loss with respect to the products of the head, before the soft cap."""
+    grown = kept * (1 + 2 * smoothing.z * log_partition)
+    gradient = torch.exp(logits - log_partition[:, None]) * grown[:, None]
+    if smoothing.label:
+        gradient = gradient - (kept * (smoothing.label / logits.shape[-1]))[:, None]
+    gradient = gradient.scatter_add(-1, target, (kept * (smoothing.label - 1))[:, None])
+    return gradient if softcap is None else gradient * (1 - (logits / softcap).square())
+
+
+class _Chunked(torch.autograd.Function):
+    """The sweep as one differentiable step: the forward pass already holds what the backward pass hands out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        mask: Tensor,
+        softcap: float | None,
+        smoothing: Smoothing,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        head = Head(weight, bias, softcap)
+        gradients = _Gradients(hidden, head, wide, ctx.needs_input_grad[:3])
+        loss, nll = _sweep(hidden, head, targets, mask, smoothing, chunk, gradients)
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        scale = outer[0]
+        return (
+            None if hidden is None else hidden * scale.to(hidden.dtype),
+            None if weight is None else (weight * scale).to(ctx.dtypes[0]),
+            None if bias is None else (bias * scale).to(ctx.dtypes[1]),
+            *(None,) * 5,
+        )

@@ -1,0 +1,52 @@
+"""Next-token prediction: pretraining, and fine-tuning on completions where the batch's mask says so."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from weft.data.packing import PackedBatch
+from weft.nn import Step
+from weft.objectives.cross_entropy import CHUNK, Smoothing, head_of, linear_cross_entropy
+from weft.objectives.settings import NextTokenSettings
+from weft.train.objective import POLICY, Models, Role, Term
+
+
+class NextToken:
+    """L1(U) = -sum log P(u_i | u_<i) over the scored tokens (Radford et al. 2018, equation 1), as a mean over their global count.
+
+    Term `next_token`. Metrics: `bits_per_byte` where bytes are known, and, where the loss is smoothed, the plain `nll` in nats a token.
+    """
+
+    roles: Mapping[str, Role] = {POLICY: Role(trained=True)}
+
+    def __init__(self, settings: NextTokenSettings | None = None, chunk: int = CHUNK) -> None:
+        settings = settings or NextTokenSettings()
+        self.smoothing, self.chunk = Smoothing(settings.label_smoothing, settings.z_loss), chunk
+
+    def rollout(self, engine: Any, batch: PackedBatch) -> PackedBatch:
+        return batch
+
+    def counts(self, batch: PackedBatch) -> dict[str, int]:
+        return {"next_token": batch.num_targets}
+
+    def loss(self, models: Models, batch: PackedBatch) -> tuple[dict[str, Term], dict[str, Term]]:
+        model = models[POLICY]
+        hidden = model(batch.tokens, step_of(batch)).hidden
+        mask = batch.loss_mask.flatten()
+        targets = batch.targets.flatten().clamp(min=0)
+        sums = linear_cross_entropy(hidden.flatten(0, 1), head_of(model), targets, mask, self.smoothing, self.chunk)
+        count = mask.sum()
+        metrics = {"nll": Term(sums.nll, count)} if self.smoothing != Smoothing() else {}
+        if batch.row_bytes is not None:
+            metrics["bits_per_byte"] = Term(sums.nll / math.log(2), batch.row_bytes.sum())
+        return {"next_token": Term(sums.loss, count)}, metrics
+
+
+def step_of(batch: PackedBatch) -> Step:
+    """What a model is told about a packed batch besides its tokens."""
+    if batch.segments is not None:
+        return Step.packed(batch.positions, batch.segments)
+    lengths: Tensor | None = batch.lengths
+    return Step.parallel(batch.tokens, lengths)

@@ -1,0 +1,95 @@
+"""From a plan to a trainer: data opened, model built, and the run's folder held."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.data.load import open_batches
+from weft.data.prepare import Progress
+from weft.device import pick_device, pick_dtype
+from weft.errors import UserError
+from weft.nn import build
+from weft.objectives.next_token import NextToken
+from weft.train.callbacks import Callback, TensorBoard
+from weft.train.job import Compute, Job, Length
+from weft.train.objective import POLICY
+from weft.train.parallel import World, join_world
+from weft.train.plan import Plan, make_plan
+from weft.train.recipe import Recipe
+from weft.train.run_folder import RunFolder, check_out
+from weft.train.trainer import Trainer
+from weft.weights.load import load_weights
+
+
+def run_recipe(
+    recipe: Recipe, restart: bool = False, callbacks: Sequence[Callback] = (), progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train as a recipe says and return the run card. A run that `out` holds already goes on where it stopped.
+
+    restart   throw that run away and begin again.
+    progress  is told how far raw text has been turned into shards.
+    """
+    plan = make_plan(recipe)
+    check_out(Path(recipe.out))
+    world = join_world(recipe.device)
+    folder = RunFolder(recipe.out) if world.leads else None
+    try:
+        try:
+            job = open_job(plan, folder, world, progress)
+            watchers = [TensorBoard(folder.path / "tensorboard")] if folder is not None and recipe.log.tensorboard else []
+            trainer = Trainer(job, [*callbacks, *watchers])
+        except BaseException:
+            if folder is not None:
+                folder.abandon()
+            raise
+        if folder is not None and restart:
+            folder.clear()
+        return trainer.run()
+    finally:
+        if folder is not None:
+            folder.release()
+
+
+def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progress | None = None) -> Job:
+    """Open the data, preparing it where that is needed, and build the model."""
+    recipe = plan.recipe
+    device = pick_device(recipe.device)
+    dtype = torch.float32 if recipe.dtype == "auto" and device.type == "mps" else pick_dtype(recipe.dtype, device)
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    out = Path(recipe.out)
+    if not world.leads:
+        world.wait()
+    shape = {"length": plan.length, "batch_size": recipe.batch.rows, "seed": recipe.seed}
+    batches = open_batches(
+        plan.data, **shape, tokenizer=plan.tokenizer, cache=out / "data", rank=world.rank, world=world.size, progress=progress
+    )
+    if world.leads:
+        world.wait()
+    if recipe.eval.patience is not None and batches.valid is None:
+        raise UserError("eval.patience is given but nothing is held out to evaluate on; give data.valid a share, or drop eval.patience.")
+    model = build(plan.spec, device, weights, recipe.seed) if plan.checkpoint is None else load_weights(plan.checkpoint, device, weights)
+    return Job(
+        models={POLICY: model},
+        objective=NextToken(recipe.objective),
+        batches=batches,
+        folder=folder,
+        out=out,
+        length=Length(recipe.steps, recipe.minutes),
+        compute=Compute(device, dtype, recipe.compile, recipe.gradient_checkpointing),
+        tokenizer=plan.tokenizer,
+        family=None if plan.checkpoint is None else plan.checkpoint.family,
+        micro=recipe.batch.micro,
+        optim=recipe.optim,
+        evaluation=recipe.eval,
+        save=recipe.save,
+        log=recipe.log,
+        seed=recipe.seed,
+        world=world,
+        essentials=recipe.essentials(),
+    )

@@ -1,0 +1,42 @@
+"""How long a run is: a number of steps, or minutes that are turned into one as soon as the pace is known."""
+
+import math
+from statistics import median
+
+from weft.errors import UserError
+
+SETTLE = 3  # first steps that are not timed: compilation, caches, memory
+TIMED = 7  # steps that are timed, fewer where they would take more than `PATIENCE` of the budget
+PATIENCE = 0.05
+
+
+class Budget:
+    """Minutes as a number of steps.
+
+    The first steps of a run are timed, those that compile left out. Then the number of steps is fixed once and for all and stored,
+    so that the schedule, and with it every later step, is the same however often the run is interrupted.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        if not minutes > 0:
+            raise UserError(f"minutes is {minutes}; a time budget must be above 0.")
+        self.seconds = minutes * 60
+        self._times: list[float] = []
+
+    def observe(self, seconds: float) -> bool:
+        """Take the time of one more step; True when enough are known."""
+        self._times.append(seconds)
+        timed = self._times[SETTLE:]
+        return len(timed) >= TIMED or (len(timed) >= 2 and sum(timed) >= PATIENCE * self.seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        return median(self._times[SETTLE:])
+
+    def fix(self, evaluation: float = 0.0, evaluations: int = 0) -> int:
+        """Steps that fit, at least as many as were observed.
+
+        evaluation    seconds of one evaluation.     evaluations   how many the run will have.
+        """
+        left = max(self.seconds - evaluation * evaluations, 0.0)
+        return max(len(self._times), math.floor(left / self.step_seconds))

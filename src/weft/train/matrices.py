@@ -1,0 +1,54 @@
+"""Which weights of a model are matrices between channels, which are tables, and which are vectors: they are trained differently."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from weft.nn import Model
+
+Kind = Literal["matrix", "head", "table", "vector"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A trained parameter by its name in the model.
+
+    kind  "matrix": a linear map inside a block. "head": an untied output matrix. "table": embeddings, token or position.
+          "vector": norms, biases, convolution taps, state-space constants: whatever is not a map between channels.
+    rows  of a matrix: how many rows each of the matrices fused in it has (queries, keys, values; gate, up).
+    """
+
+    name: str
+    parameter: nn.Parameter
+    kind: Kind
+    rows: tuple[int, ...] = ()
+
+
+def trained_weights(model: Model) -> list[Weight]:
+    """Every parameter that requires a gradient, in the model's order, a tied one once."""
+    fused = dict(_fused(model))
+    linear = {f"{name}.weight" for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, nn.Linear)}
+    weights = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in fused or name in linear:
+            weights.append(Weight(name, parameter, "matrix", fused.get(name, (parameter.shape[0],))))
+        elif name == "head.weight":
+            weights.append(Weight(name, parameter, "head"))
+        elif name in ("embed.weight", "position.weight"):
+            weights.append(Weight(name, parameter, "table"))
+        else:
+            weights.append(Weight(name, parameter, "vector"))
+    return weights
+
+
+def _fused(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for prefix, module in model.named_modules():
+        rows = getattr(module, "fused_rows", None)
+        if callable(rows):
+            for name, sizes in rows().items():
+                assert sum(sizes) == module.get_parameter(name).shape[0], f"{prefix}.{name}"
+                yield f"{prefix}.{name}", sizes

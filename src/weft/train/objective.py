@@ -1,0 +1,73 @@
+"""What a trainer minimises. Pretraining, fine-tuning, DPO, PPO and distillation are objectives; none of them is a trainer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from weft.nn import Model
+
+POLICY = "policy"  # the role of the model a run is about
+Models = Mapping[str, Model]
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model an objective works with.
+
+    trained   True for the policy and a critic, which get an optimiser each; False for a reference or a reward model, which are frozen.
+    """
+
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Term:
+    """One addend of a loss: `weight * sum / count`.
+
+    sum     scalar that carries the gradient: a sum over this micro-batch, never a mean.
+    count   what the sum runs over (tokens, examples, pairs): a scalar tensor or a number.
+    weight  factor of this addend in the loss.
+
+    The trainer divides by the count over all micro-batches and ranks of a step, so that accumulation equals one large batch.
+    """
+
+    sum: Tensor
+    count: Tensor | float
+    weight: float = 1.0
+
+
+class Batch(Protocol):
+    """The rows of one step, cut into micro-batches by the trainer."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> "Batch": ...
+
+    def to(self, device: Any) -> "Batch": ...
+
+
+B = TypeVar("B")
+
+
+class Objective(Protocol[B]):
+    """A loss over a batch, and the models it needs.
+
+    `counts` says, from the batch alone and on the CPU, the count of every term of its loss: all micro-batches are known before the
+    first is run, so each is scaled by the global count at once, whatever number of terms there are. The trainer checks, when it
+    rehearses step 0, that `loss` returns the same counts.
+    """
+
+    roles: Mapping[str, Role]
+
+    def rollout(self, engine: Any, batch: B) -> B:
+        """What is generated before the loss (PPO, GRPO, on-policy distillation); offline objectives return the batch itself."""
+        ...
+
+    def counts(self, batch: B) -> dict[str, int]: ...
+
+    def loss(self, models: Models, batch: B) -> tuple[dict[str, Term], dict[str, Term]]:
+        """Terms to minimise, and metrics: sums and counts that are averaged in the same way and carry no gradient."""
+        ...

@@ -1,0 +1,117 @@
+"""A recipe with its files found: which model, which data, which tokenizer, and whether they go together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from weft.data.load import DataSpec, parse_data
+from weft.data.shards import TOKENIZER, is_prepared, read_manifest
+from weft.errors import UserError, nearest
+from weft.spec import GRU, LSTM, Attention, Learned, ModelSpec, model_spec, read_model_spec
+from weft.tokenizer import Tokenizer, load_tokenizer
+from weft.train.recipe import Recipe
+from weft.weights.hub import find_model
+from weft.weights.load import Checkpoint, open_checkpoint
+from weft.zoo import ENTRIES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose files have been found and read as far as their descriptions, and which has been found possible.
+
+    checkpoint  what weights come from; None begins from scratch.
+    """
+
+    recipe: Recipe
+    spec: ModelSpec
+    data: DataSpec
+    tokenizer: Tokenizer | None
+    checkpoint: Checkpoint | None
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self.recipe.batch.length or self.spec.context
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Resolve model, data and tokenizer, and refuse what cannot be; raises UserError. Writes nothing and loads no weights."""
+    data = parse_data(recipe.data)
+    for source in data.sources:
+        if not Path(source.path).exists():
+            raise UserError(
+                f"there is no data at {source.path}; give a folder made by `weft data prepare`, or text, JSONL or Parquet files."
+            )
+    checkpoint = _open_model(recipe)
+    tokenizer = _open_tokenizer(recipe, data, checkpoint)
+    spec = checkpoint.spec if checkpoint is not None else _read_spec(recipe, tokenizer)
+    plan = Plan(recipe, spec, data, tokenizer, checkpoint)
+    _check(plan)
+    return plan
+
+
+def _open_model(recipe: Recipe) -> Checkpoint | None:
+    """The weights to begin from, or None where the recipe describes a model without any."""
+    model = recipe.model
+    if isinstance(model, dict) or Path(model).suffix in (".yaml", ".yml", ".json"):
+        if recipe.pretrained:
+            raise UserError(f"pretrained is true but model is the spec {model}, which has no weights; give the name or folder of a model.")
+        return None
+    if recipe.pretrained or Path(model).exists():
+        return open_checkpoint(find_model(model))
+    if model not in ENTRIES:
+        raise UserError(
+            f"model is '{model}', which is neither a known name nor a path.{nearest(model, ENTRIES)} Give a name that `weft models` lists, "
+            "the path of a YAML spec or of a model folder, or a spec written out in the recipe."
+        )
+    return None
+
+
+def _read_spec(recipe: Recipe, tokenizer: Tokenizer | None) -> ModelSpec:
+    model = recipe.model
+    if isinstance(model, str):
+        return ENTRIES[model].spec if model in ENTRIES else read_model_spec(model)
+    if "vocab" not in model and tokenizer is not None:
+        model = {"vocab": tokenizer.vocab_size, **model}
+    return model_spec(model, "model")
+
+
+def _open_tokenizer(recipe: Recipe, data: DataSpec, checkpoint: Checkpoint | None) -> Tokenizer | None:
+    """The tokenizer that the recipe names, else the model's, else the one the data was prepared with."""
+    if recipe.tokenizer is not None:
+        return load_tokenizer(recipe.tokenizer)
+    if checkpoint is not None and (checkpoint.is_gguf or (checkpoint.path / "tokenizer.json").is_file()):
+        return load_tokenizer(checkpoint.path)
+    folders = [Path(source.path) for source in data.sources]
+    for folder in folders:
+        if is_prepared(folder) and (folder / TOKENIZER).is_dir():
+            return load_tokenizer(folder / TOKENIZER)
+    raw = [folder for folder in folders if not is_prepared(folder)]
+    if raw:
+        raise UserError(
+            f"{raw[0]} is text, and there is no tokenizer to read it with; give tokenizer=PATH (make one with `weft tokenizer train`)."
+        )
+    return None
+
+
+def _check(plan: Plan) -> None:
+    """Refuse combinations that cannot work, before anything is paid for."""
+    recipe, spec = plan.recipe, plan.spec
+    vocab = plan.tokenizer.vocab_size if plan.tokenizer is not None else read_manifest(plan.data.sources[0].path).tokenizer.vocab_size
+    if spec.vocab < vocab:
+        raise UserError(f"the model's vocab is {spec.vocab} but the tokenizer has {vocab} ids; set model.vocab to {vocab} or more.")
+    if plan.length > spec.context and (isinstance(spec.position, Learned) or recipe.batch.length is None):
+        raise UserError(
+            f"batch.length is {plan.length} but the model has {spec.context} positions; lower it, or raise the model's context."
+        )
+    for block in spec.blocks():
+        if isinstance(block.mixer, Attention) and not block.mixer.causal:
+            raise UserError("the model has attention with causal: false, which would see the token it has to predict; make it causal.")
+        if block.cross is not None:
+            raise UserError(
+                "the model has cross-attention, but next-token data brings no memory to attend to; take `cross` out of its layers."
+            )
+        if recipe.compile and isinstance(block.mixer, LSTM | GRU):
+            raise UserError(
+                f"compile is true but the model has {type(block.mixer).__name__} layers, which the compiler would unroll token by token; "
+                "set compile to false."
+            )

@@ -1,0 +1,132 @@
+"""A run as data: YAML, with `key=value` overrides from the command line, validated whole before anything is loaded. Without torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from weft.errors import UserError, nearest
+from weft.files import read_text
+from weft.objectives.settings import NextTokenSettings, ObjectiveSettings
+from weft.spec.base import Spec, parse
+from weft.train.settings import BatchSettings, EvalSettings, LogSettings, OptimSettings, SaveSettings
+
+# Settings that do not change what is trained: a run may be resumed under others.
+_INCIDENTAL = {"out", "save", "log", "device", "compile", "gradient_checkpointing"}
+
+
+class Recipe(Spec):
+    """Everything about a run.
+
+    model      a name that `weft models` lists, a YAML or JSON spec, the folder or GGUF file of a model to train further, or a spec
+               written out here (its `vocab` may be left to the tokenizer).
+    pretrained for a name: begin from the weights that `weft pull` fetched, instead of from scratch.
+    data       a path, a list of paths, a list of `{path, weight, name}`, or a mapping (see `weft.data.load.DataSpec`).
+    out        the folder of the run.
+    tokenizer  a file or folder; None takes the one beside the model, else the one that the data was prepared with.
+    steps      optimiser steps, or instead
+    minutes    of training: compilation, evaluation at the start and saving apart.
+    seed       of initial weights, data order and dropout.
+    dtype      of the matrix products, by autocast; weights and optimiser stay in float32. `auto` is bfloat16 (float32 on mps).
+    compile    run the model and the loss through torch.compile.
+    gradient_checkpointing  recompute each block in the backward pass: less memory, a third more work.
+    deterministic  take only kernels that give the same bits each time; needed for exact resume on a GPU.
+    """
+
+    model: str | dict[str, Any]
+    data: str | list[Any] | dict[str, Any]
+    out: str
+    pretrained: bool = False
+    tokenizer: str | None = None
+    steps: PositiveInt | None = None
+    minutes: PositiveFloat | None = None
+    seed: NonNegativeInt = 0
+    objective: ObjectiveSettings = NextTokenSettings()
+    batch: BatchSettings = BatchSettings()
+    optim: OptimSettings = OptimSettings()
+    eval: EvalSettings = EvalSettings()
+    save: SaveSettings = SaveSettings()
+    log: LogSettings = LogSettings()
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    deterministic: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        if self.steps is None and self.minutes is None:
+            raise ValueError("neither steps nor minutes is given, so the run would have no end; give one of the two.")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(f"steps is {self.steps} and minutes {self.minutes:g}; a run has one length: drop one of the two.")
+        if self.steps is not None and self.optim.warmup is not None and self.optim.warmup > self.steps:
+            raise ValueError(f"optim.warmup is {self.optim.warmup} but steps {self.steps}; the warm-up must end within the run.")
+        if self.batch.micro is not None and self.batch.micro > self.batch.rows:
+            raise ValueError(f"batch.micro is {self.batch.micro} but batch.rows {self.batch.rows}; a micro-batch is a part of the batch.")
+        if self.pretrained and isinstance(self.model, dict):
+            raise ValueError("pretrained is true but model is a spec, which has no weights; give the name or folder of a model.")
+        return self
+
+    def essentials(self) -> dict[str, Any]:
+        """The settings that decide what is trained, JSON-ready."""
+        return self.model_dump(mode="json", exclude=_INCIDENTAL)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as `optim.lr=3e-4`; raises UserError with one sentence for anything wrong in it."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(read_text(path, "recipe"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a recipe; write keys with values, such as `model: smollm2-135m`.")
+    return recipe(override(data, overrides), str(path))
+
+
+def recipe(data: Mapping[str, Any], what: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; raises UserError."""
+    for key in ("model", "data", "out"):
+        if data.get(key) is None:
+            raise UserError(f"{what}: no {key} is given; add `{key}: …` to the recipe, or {key}=… to the command.")
+    parsed: Recipe = parse(Recipe, dict(data), what)
+    return parsed
+
+
+def override(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `data` with `dotted.key=value` applied in order, values read as YAML.
+
+    Giving `minutes` takes away a `steps` that the recipe had, and the other way round. Raises UserError for what is no assignment,
+    and for a dotted key that leads through something other than a mapping.
+    """
+    result = dict(data)
+    keys = [_assign(result, assignment) for assignment in overrides]
+    for given, other in (("minutes", "steps"), ("steps", "minutes")):
+        if given in keys and other not in keys and result.get(given) is not None:
+            result.pop(other, None)
+    return result
+
+
+def _assign(data: dict[str, Any], assignment: str) -> str:
+    key, equals, text = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"'{assignment}' is not an assignment; write key=value, such as optim.lr=3e-4.{nearest(key, Recipe.model_fields)}")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *path, last = key.split(".")
+    place = data
+    for depth, part in enumerate(path, 1):
+        inner = place.get(part)
+        if inner is not None and not isinstance(inner, dict):
+            raise UserError(f"{key} cannot be set: {'.'.join(path[:depth])} is {inner!r}, which has no keys; set it as a whole.")
+        place[part] = dict(inner or {})
+        place = place[part]
+    place[last] = value
+    return key

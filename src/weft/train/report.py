@@ -1,0 +1,153 @@
+"""What a run is told to say about itself: its pace, its card, and whether it is the run that an earlier sitting began."""
+
+import json
+import os
+from typing import Any
+
+import torch
+
+from weft.errors import UserError
+from weft.files import atomic_write
+from weft.train.card import Card, markdown, versions
+from weft.train.checkpoint import TrainState
+from weft.train.history import read_metrics
+from weft.train.job import Job
+from weft.train.plot import plot_loss
+from weft.train.speed import Pace, matmul_peak, peak_memory
+from weft.zoo import family_of
+
+
+class Report:
+    """Keeps what the card needs and the state does not hold.
+
+    valid       the latest held-out figures.      saved_step   of `last`, None before there is one.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.valid: dict[str, float] = {}
+        self.saved_step: int | None = None
+        self.peak = 0.0
+        self._resumed_from = 0
+        self._timed_steps, self._timed_seconds = 0, 0.0
+        self._loss = 0.0
+
+    @property
+    def step_tokens(self) -> int:
+        """Positions of a global batch."""
+        return self.job.batches.tokens_per_batch
+
+    @property
+    def step_flops(self) -> float:
+        """Of one step: three times the forward pass (one forward, two backward), for every trained model."""
+        length = self.job.batches.length
+        return 3 * self.step_tokens / length * sum(model.spec.flops(length) for model in self.job.trained.values())
+
+    def begin(self, state: TrainState) -> None:
+        """Measure the machine, and write a card that says what is going on."""
+        self.peak = matmul_peak(self.job.compute.device, self.job.compute.dtype) * self.job.world.size
+        self._resumed_from = state.step
+        self.saved_step = state.step if state.step else None
+        if self.job.folder is not None:
+            self.job.folder.write_card(self.card(state, "running"))
+
+    def earlier_card(self) -> Card:
+        """The card of a run that was over before; without its pace where it was killed before the card was written."""
+        path = self.job.out / "run.json"
+        card: Card = json.loads(path.read_text(encoding="utf-8"))
+        return card
+
+    def check_resumable(self, state: TrainState) -> None:
+        """Raise UserError where the settings or the data differ from those the run began with."""
+        out = self.job.out
+        remedy = "Set it back, or give --restart to start anew, or another out."
+        for key, given in self.job.essentials.items():
+            before = state.essentials.get(key)
+            if before != given:
+                key, before, given = _first_difference(key, before, given)
+                raise UserError(f"{out} holds a run with {key} = {before}, but the recipe now says {given}. {remedy}")
+        if state.data != self.job.batches.describe():
+            key, before, given = _first_difference("data", state.data, self.job.batches.describe())
+            raise UserError(f"{out} holds a run on other data: {key} was {before} and is {given}. {remedy}")
+
+    def what_is_kept(self) -> str:
+        """Where the last good weights are, as a sentence."""
+        if self.saved_step is None:
+            return f"{self.job.out} holds no trained weights."
+        return f"The weights of step {self.saved_step} are kept in {self.job.out / 'last'}."
+
+    def observe(self, state: TrainState, steps: int, seconds: float, loss: float, settling: bool) -> Pace:
+        """Some more steps took so many seconds; `settling` where compilation was among them, which is not counted as pace."""
+        self._loss = loss
+        if not settling:
+            self._timed_steps += steps
+            self._timed_seconds += seconds
+        rate = steps / max(seconds, 1e-9)
+        usual = self._timed_steps / self._timed_seconds if self._timed_seconds else rate
+        left = None if state.total is None or settling else (state.total - state.step) / usual
+        return Pace(state.step, state.total, rate * self.step_tokens, rate * self.step_flops / self.peak, left)
+
+    def card(self, state: TrainState, status: str) -> Card:
+        """What is known at this moment."""
+        job, spec = self.job, self.job.policy.spec
+        rate = self._timed_steps / self._timed_seconds if self._timed_seconds else 0.0
+        return {
+            "status": status,
+            "out": str(job.out),
+            "model": {
+                "parameters": spec.num_params(),
+                "family": family_of(spec).name,
+                "spec": spec.model_dump(mode="json", exclude_defaults=True),
+            },
+            "run": {
+                "objective": type(job.objective).__name__,
+                "optimizer": job.optim.name,
+                "steps": state.total,
+                "steps_done": state.step,
+                "minutes": job.length.minutes,
+                "resumed_from": self._resumed_from,
+                "tokens_per_step": self.step_tokens,
+                "seed": job.seed,
+                "device": str(job.compute.device),
+                "threads": torch.get_num_threads(),
+                "processes": job.world.size,
+                "cores": os.cpu_count(),
+                "dtype": str(job.compute.dtype).removeprefix("torch."),
+                "compiled": job.compute.compiled,
+                **job.facts,
+            },
+            "data": job.batches.report(state.step),
+            "loss": self._loss,
+            "valid": self.valid,
+            "best": None if state.best is None else {"loss": state.best, "step": state.best_step},
+            "cost": {
+                "seconds": state.seconds,
+                "tokens": state.step * self.step_tokens,
+                "targets": int(state.targets),
+                "tokens_per_s": rate * self.step_tokens,
+                "flops": state.step * self.step_flops,
+                "mfu": rate * self.step_flops / self.peak if self.peak else 0.0,
+                "peak_flops_per_s": self.peak,
+                "peak_memory_bytes": peak_memory(job.compute.device),
+            },
+            "versions": versions(),
+        }
+
+    def finish(self, state: TrainState, status: str) -> Card:
+        """Write the card, the page and the picture; the processes that do not lead only return the card."""
+        card = self.card(state, status)
+        folder = self.job.folder
+        if folder is not None:
+            folder.write_card(card)
+            atomic_write(folder.path / "run.md", markdown(card))
+            if self.job.log.plot:
+                plot_loss(read_metrics(folder.metrics), folder.path / "loss.png", f"{card['model']['parameters']:,} parameters")
+        return card
+
+
+def _first_difference(key: str, before: Any, given: Any) -> tuple[str, Any, Any]:
+    """The innermost key under which two values differ, with both."""
+    if isinstance(before, dict) and isinstance(given, dict):
+        inner = next(name for name in {**before, **given} if before.get(name) != given.get(name))
+        return _first_difference(f"{key}.{inner}", before.get(inner), given.get(inner))
+    return key, before, given

@@ -1,0 +1,247 @@
+"""The one training loop. What is minimised is the objective's affair; how fast, how long and how safely is the trainer's."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from weft.errors import UserError
+from weft.train.budget import SETTLE, Budget
+from weft.train.callbacks import Callback
+from weft.train.checkpoint import SavedRun, TrainState, save_checkpoint, save_weights
+from weft.train.evaluate import evaluate
+from weft.train.feed import Feed
+from weft.train.history import History, MetricsFile, Row, check_finite
+from weft.train.interrupt import Interrupt
+from weft.train.job import Job
+from weft.train.objective import POLICY
+from weft.train.optim import Optimizer, clip_gradients
+from weft.train.report import Report
+from weft.train.rng import capture_rng, restore_rng, seed_rng
+from weft.train.speed import Stopwatch, synchronize
+from weft.train.window import loss_function, open_window, run_window
+
+LOG_SECONDS = 1.0
+
+
+class Trainer:
+    """Trains the models of a job, from its beginning or from where an earlier sitting stopped.
+
+    One step: the batch of that step, cut into micro-batches; every term's sum divided by its count over all of them and all
+    processes; gradients summed, clipped by their common norm; one update of every trained model. Numbers stay on the device until
+    they are logged, so that a step waits for nothing.
+    """
+
+    def __init__(self, job: Job, callbacks: Sequence[Callback] = ()) -> None:
+        self.job, self.world, self.device = job, job.world, job.compute.device
+        self.callbacks = list(callbacks) if job.world.leads else []
+        for role, model in job.models.items():
+            trained = role in job.trained
+            model.train(trained)
+            if not trained:
+                model.requires_grad_(False)
+            model.gradient_checkpointing = trained and job.compute.gradient_checkpointing
+        self.optimizers = {role: Optimizer(model, job.optims.get(role, job.optim)) for role, model in job.trained.items()}
+        self.parameters = [parameter for optimizer in self.optimizers.values() for parameter in optimizer.parameters]
+        self.schedules = {role: optimizer.settings.path() for role, optimizer in self.optimizers.items()}
+        self.compute = loss_function(job.objective, job.models, job.compute.dtype, job.compute.compiled)
+        self.measure = loss_function(job.objective, job.models, job.compute.dtype)
+        self.budget = None if job.length.minutes is None else Budget(job.length.minutes)
+        self.history = History(self.world)
+        self.state = TrainState()
+        self.report = Report(job)
+        self.interrupt = Interrupt()
+        self._metrics: MetricsFile | None = None
+        self.stopwatch = Stopwatch()
+        self._sitting = 0  # steps since this process began
+        self._evaluation_seconds = 0.0
+        self._logged_at = self._saved_at = time.perf_counter()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or to the step at which Ctrl-C came, and return the run card; its `status` says which.
+
+        Raises UserError where the loss is no longer a number, and for a run that cannot be resumed: a damaged checkpoint, other
+        settings, other data.
+        """
+        feed = Feed(self.job.batches.batch)
+        before = capture_rng()
+        try:
+            with self.interrupt:
+                if self._begin():
+                    return self.report.earlier_card()
+                while self.state.finished is None and not self._train(feed):
+                    pass
+            return self._end()
+        finally:
+            feed.close()
+            restore_rng(before)
+
+    # The beginning and the end.
+
+    def _begin(self) -> bool:
+        """Resume, or rehearse: a save, and where there is held-out data an evaluation, before the first step is paid for.
+
+        True where the run is over already.
+        """
+        seed_rng(self.job.seed + self.world.rank)
+        self.world.wait()
+        resumed = self.job.out.joinpath("last").is_dir()
+        if resumed:
+            self._resume(SavedRun(self.job.out / "last"))
+            if self.state.finished is not None:
+                return True
+        else:
+            self.state.total = self.job.length.steps
+            self.state.essentials, self.state.data = dict(self.job.essentials), self.job.batches.describe()
+        if self.job.folder is not None:
+            self._metrics = MetricsFile(self.job.folder.metrics, self.state.metrics_length)
+        self.report.begin(self.state)
+        self._tell("on_start", self.report.card(self.state, "running"))
+        if not resumed:
+            self._save()
+        if self.state.step == 0:
+            self._evaluate()
+        self.stopwatch.start()
+        return False
+
+    def _resume(self, saved: SavedRun) -> None:
+        self.report.check_resumable(saved.state)
+        saved.load(self.job.trained, self.optimizers)
+        self.state = saved.state
+        if self.world.rank < len(saved.rng):
+            restore_rng(saved.rng[self.world.rank])
+
+    def _end(self) -> dict[str, Any]:
+        """Fetch what is left, save, and write the card."""
+        self._log()
+        if self.state.finished is None and self.state.total is not None:
+            self._save()
+        card = self.report.finish(self.state, self.state.finished or "interrupted")
+        self._tell("on_end", card)
+        return card
+
+    # One step, and what is due after it.
+
+    def _train(self, feed: Feed) -> bool:
+        """One optimiser step and whatever is due after it; True when the run has to stop here."""
+        state, started = self.state, time.perf_counter()
+        batch = self.job.objective.rollout(self.job.engine, feed.take(state.step))
+        flags = (self.interrupt.wanted, self._is_time_to_log(), self._is_time_to_save())
+        window, raised = open_window(self.job.objective, batch, self.job.micro, self.device, self.world, flags)
+        sums = run_window(window, self.compute, self.parameters, self.world)
+        row: Row = {"step": state.step + 1, "targets": next(iter(window.counts.values()))}
+        norms = []
+        for role, optimizer in self.optimizers.items():
+            norms.append(clip_gradients(optimizer))
+            factor = self.schedules[role].factor(state.step, state.total, state.probe)
+            row |= {"lr" if role == POLICY else f"{role}_lr": optimizer.settings.lr * factor}
+            optimizer.step(factor)
+        self.history.note(row, window.counts, sums, norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt())
+        state.step += 1
+        if state.total is None:
+            synchronize(self.device)
+        return self._after_step(time.perf_counter() - started, *raised)
+
+    def _after_step(self, seconds: float, stop: bool, log: bool, save: bool) -> bool:
+        """Everything that happens between two steps. What all processes do together, all were told to do."""
+        state, job = self.state, self.job
+        fixed = self._fix_length(seconds)
+        self._sitting += 1
+        if log or self._sitting == SETTLE or (job.log.every is not None and state.step % job.log.every == 0):
+            self._log()
+        if state.step == state.total:
+            state.finished = "finished"
+        every = job.evaluation.every or max(1, -(-(state.total or 0) // 10))
+        if state.finished or (state.total is not None and state.step % every == 0):
+            self._evaluate()
+        if state.finished or fixed or save or (job.save.every is not None and state.step % job.save.every == 0 and state.total is not None):
+            self._save()
+        return stop
+
+    def _fix_length(self, seconds: float) -> bool:
+        """Turn a time budget into steps when enough have been timed. Until then nothing is saved but the beginning: a run that is
+        killed so early begins again, and what is fixed once is never fixed otherwise."""
+        state = self.state
+        if self.budget is None or state.total is not None or not self.world.lead(float(self.budget.observe(seconds))):
+            return False
+        evaluations = 10 if self.job.evaluation.every is None else 0
+        total = self.budget.fix(self._evaluation_seconds, evaluations)
+        if self.job.evaluation.every is not None:
+            total = self.budget.fix(self._evaluation_seconds, total // self.job.evaluation.every + 1)
+        state.total, state.probe = int(self.world.lead(total)), state.step
+        return True
+
+    def _log(self) -> None:
+        """Fetch the numbers of all steps since the last time, write them down and pass them on."""
+        rows = self.history.fetch()
+        if not rows:
+            return
+        check_finite(rows, self.report.what_is_kept())
+        self.state.targets += sum(row["targets"] for row in rows)
+        self._logged_at = time.perf_counter()
+        if self._metrics is not None:
+            self._metrics.append(rows)
+        seconds = self.stopwatch.lap()
+        self.state.seconds += seconds
+        loss = sum(row["loss"] for row in rows) / len(rows)
+        pace = self.report.observe(self.state, len(rows), seconds, loss, settling=self._sitting <= SETTLE)
+        self._tell("on_log", [dict(row) for row in rows], pace)
+
+    def _evaluate(self) -> None:
+        """Look at the held-out data, keep the best weights, and count how long they have not been bettered."""
+        if self.job.batches.valid is None:
+            return
+        self._log()
+        self.stopwatch.stop()
+        state, settings, started = self.state, self.job.evaluation, time.perf_counter()
+        batches = self.job.batches.validation(settings.batches)
+        measured = evaluate(self.job.objective, self.job.models, batches, self.measure, self.job.micro, self.device, self.world)
+        self._evaluation_seconds = time.perf_counter() - started
+        row = {"step": state.step, **{f"valid_{name}": value for name, value in measured.items()}}
+        if not math.isfinite(measured["loss"]):
+            raise UserError(
+                f"the held-out loss after step {state.step} is {measured['loss']}, so training stopped. {self.report.what_is_kept()}"
+            )
+        if self._metrics is not None:
+            self._metrics.append([row])
+        self.report.valid = measured
+        if state.best is None or measured["loss"] < state.best:
+            state.best, state.best_step, state.stale = measured["loss"], state.step, 0
+            if self.job.folder is not None:
+                save_weights(self.job.folder.best, self.job.policy, self.job.tokenizer, self.job.family, row)
+                self._tell("on_save", state.step, self.job.folder.best)
+        else:
+            state.stale += 1
+        if settings.patience is not None and state.stale >= settings.patience and state.finished is None:
+            state.finished = "stopped early"
+        self._tell("on_evaluate", dict(row))
+        self.stopwatch.start()
+
+    def _save(self) -> None:
+        """Write `last`. Rows are fetched first: a checkpoint is only made of weights whose losses were numbers."""
+        self._log()
+        self.stopwatch.stop()
+        rng = self.world.gather(capture_rng())
+        if self.job.folder is not None and self._metrics is not None:
+            self.state.metrics_length = self._metrics.length
+            job = self.job
+            save_checkpoint(self.job.folder.last, job.trained, self.optimizers, self.state, rng, job.tokenizer, job.family)
+            self.report.saved_step = self.state.step
+            self._tell("on_save", self.state.step, self.job.folder.last)
+        self.world.wait()
+        self._saved_at = time.perf_counter()
+        self.stopwatch.start()
+
+    def _is_time_to_log(self) -> bool:
+        return self.world.leads and self.job.log.every is None and time.perf_counter() - self._logged_at > LOG_SECONDS
+
+    def _is_time_to_save(self) -> bool:
+        minutes = self.job.save.minutes
+        known = self.state.total is not None
+        return self.world.leads and known and minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
+
+    def _tell(self, event: str, *facts: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*facts)

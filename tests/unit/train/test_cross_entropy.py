@@ -1,0 +1,79 @@
+"""The chunked loss against its naive twin, with gradients, and against transformers on a whole model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from weft.objectives.cross_entropy import Head, Smoothing, Sums, linear_cross_entropy, naive_cross_entropy
+
+TOKENS, DIM, IDS = 77, 12, 53
+
+
+def _run(compute, dtype=torch.float64, smoothing=Smoothing(), softcap=None, bias=True, **more) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, DIM, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(IDS, DIM, generator=generator, dtype=dtype).requires_grad_()
+    offset = torch.randn(IDS, generator=generator, dtype=dtype).requires_grad_() if bias else None
+    targets = torch.randint(IDS, (TOKENS,), generator=generator)
+    mask = torch.rand(TOKENS, generator=generator) > 0.4
+    sums = compute(hidden, Head(weight, offset, softcap), targets, mask, smoothing, **more)
+    (0.37 * sums.loss).backward()
+    found = [sums.loss.detach(), sums.nll, hidden.grad, weight.grad]
+    return found if offset is None else [*found, offset.grad]
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 77, 1000])
+@pytest.mark.parametrize(
+    ("smoothing", "softcap", "bias"),
+    [(Smoothing(), None, False), (Smoothing(0.1), None, True), (Smoothing(0.0, 1e-2), 5.0, False), (Smoothing(0.2, 1e-3), 3.0, True)],
+)
+def test_chunked_loss_and_gradients_equal_the_naive_ones(chunk, smoothing, softcap, bias):
+    naive = _run(naive_cross_entropy, smoothing=smoothing, softcap=softcap, bias=bias)
+    chunked = _run(linear_cross_entropy, smoothing=smoothing, softcap=softcap, bias=bias, chunk=chunk)
+    for expected, found in zip(naive, chunked, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    # Negative control: each addend matters.
+    if smoothing != Smoothing():
+        plain = _run(linear_cross_entropy, softcap=softcap, bias=bias, chunk=chunk)
+        assert (plain[0] - chunked[0]).abs() > 1e-3
+        assert (plain[3] - chunked[3]).abs().max() > 1e-4
+
+
+def test_the_mask_decides_what_counts():
+    _, _, hidden, *_ = _run(linear_cross_entropy, chunk=10)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((TOKENS, DIM), (IDS, DIM), (IDS,)):
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+    torch.randint(IDS, (TOKENS,), generator=generator)
+    mask = torch.rand(TOKENS, generator=generator) > 0.4
+    assert torch.equal(hidden.abs().sum(-1) > 0, mask)
+
+
+def test_plain_nll_is_torchs_cross_entropy_and_is_not_smoothed():
+    hidden, weight = torch.randn(9, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
+    targets, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    smooth = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", label_smoothing=0.3)
+    sums = linear_cross_entropy(hidden, Head(weight), targets, mask, Smoothing(0.3), chunk=4)
+    torch.testing.assert_close(sums.nll, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sums.loss, smooth, rtol=1e-12, atol=0)
+    assert (sums.loss - sums.nll).abs() > 1e-3
+
+
+def test_under_autocast_products_are_bfloat16_and_sums_float32():
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = _run(linear_cross_entropy, torch.float32, chunk=20)
+    wide = _run(linear_cross_entropy, torch.float32, chunk=20)
+    assert narrow[0].dtype == torch.float32
+    assert narrow[3].dtype == torch.float32
+    torch.testing.assert_close(narrow[0], wide[0], rtol=5e-3, atol=0)
+    assert not torch.equal(narrow[0], wide[0])
+
+
+def test_without_gradients_nothing_is_kept():
+    hidden, weight = torch.randn(5, 3), torch.randn(7, 3, requires_grad=True)
+    targets, mask = torch.zeros(5, dtype=torch.long), torch.ones(5, dtype=torch.bool)
+    with torch.no_grad():
+        sums: Sums = linear_cross_entropy(hidden, Head(weight), targets, mask)
+    assert not sums.loss.requires_grad
+    assert linear_cross_entropy(hidden, Head(weight), targets, mask).loss.requires_grad
