@@ -1,0 +1,66 @@
+"""`weft models` as a person and a program call it."""
+
+import json
+import subprocess
+import sys
+
+from weft.spec import model_spec
+from weft.zoo import ENTRIES
+
+RUN = "import sys; sys.argv = ['weft', *sys.argv[1:]]\nfrom weft.cli.main import main\nmain()"
+
+
+def weft(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_table_fits_eighty_columns_and_has_every_name() -> None:
+    done = weft("models")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ENTRIES)
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if not line.startswith("* gpt3"))
+    assert "* gpt3-13b: the table prints d_model 5140" in done.stdout
+
+
+def test_json_is_one_array_on_the_last_line() -> None:
+    rows = json.loads(weft("models", "--json").stdout.splitlines()[-1])
+    assert {row["name"]: row["parameters"] for row in rows} == {name: entry.spec.num_params() for name, entry in ENTRIES.items()}
+    assert all({"family", "published", "context", "misprint"} <= row.keys() for row in rows)
+    mistral = next(row for row in rows if row["name"] == "mistral-7b")
+    assert mistral["state_bytes_at_context"] == 4096 * mistral["state_bytes_per_token"]
+
+
+def test_a_family_and_a_series_narrow_the_list() -> None:
+    by_family = json.loads(weft("models", "--family", "gemma2", "--json").stdout)
+    assert [row["name"] for row in by_family] == ["gemma2-2b", "gemma2-9b", "gemma2-27b"]
+    by_series = json.loads(weft("models", "-f", "gpt3", "--json").stdout)
+    assert len(by_series) == 8
+
+
+def test_one_model_is_yaml_with_its_counts() -> None:
+    import yaml
+
+    done = weft("models", "smollm2-135m")
+    assert "134,515,008" in done.stdout
+    assert model_spec(yaml.safe_load(done.stdout)) == ENTRIES["smollm2-135m"].spec
+    row = json.loads(weft("models", "smollm2-135m", "--json").stdout)
+    assert model_spec(row["spec"]) == ENTRIES["smollm2-135m"].spec
+
+
+def test_mistakes_are_sentences() -> None:
+    for arguments, words in (
+        (["smolm2-135m"], "Did you mean 'smollm2-135m'"),
+        (["--family", "lama"], "Did you mean 'llama'"),
+        (["gpt2", "--family", "gpt2"], "give one of them"),
+    ):
+        done = weft("models", *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+
+
+def test_torch_stays_away() -> None:
+    code = RUN.replace("main()", "try:\n    main()\nexcept SystemExit:\n    pass\nprint('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "models"], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "False"
