@@ -187,13 +187,18 @@ class Normalizer:
         self._kept = re.compile("(" + "|".join(map(re.escape, kept)) + ")") if kept else None
 
     def __call__(self, text: str) -> str:
+        suffix = self._model.treat_whitespace_as_suffix
         parts = self._kept.split(text) if self._kept else [text]
-        text = "".join(part if index % 2 else self._map(part) for index, part in enumerate(parts))
+        mapped = "".join(part if index % 2 else self._map(part) for index, part in enumerate(parts))
         if self._model.remove_extra_whitespaces:
-            text = re.sub(" {2,}", " ", text).strip(" ")
-        if text and self._model.add_dummy_prefix:
-            text = text + " " if self._model.treat_whitespace_as_suffix else " " + text
-        return text.replace(" ", SPACE_MARK)
+            # The package stops skipping spaces at the first character that is none, even one that its map deletes.
+            deletes = suffix and any(self._map(char) == "" for char in text)
+            mapped = re.sub(" {2,}", " ", mapped).strip(" ")
+        else:
+            deletes = False
+        if (mapped or deletes) and self._model.add_dummy_prefix:
+            mapped = mapped + " " if suffix else " " + mapped
+        return mapped.replace(" ", SPACE_MARK)
 
 
 class SentencePieceEncoder:

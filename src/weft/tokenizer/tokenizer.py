@@ -240,13 +240,21 @@ class Tokenizer:
         atomic_write(folder / "tokenizer.json", self.backend.to_str(pretty=True) + "\n")
         atomic_write(folder / "tokenizer_config.json", _json(config))
         atomic_write(folder / "special_tokens_map.json", _json(roles))
-        if self.chat_template is None:
-            (folder / "chat_template.jinja").unlink(missing_ok=True)
-            return
-        atomic_write(folder / "chat_template.jinja", self.chat_template)
-        for name, template in self.settings.chat_templates.items():
-            if template != self.chat_template and re.fullmatch(r"[\w-]+", name):
-                atomic_write(folder / "additional_chat_templates" / f"{name}.jinja", template)
+        self._save_templates(folder)
+
+    def _save_templates(self, folder: Path) -> None:
+        named = {
+            folder / "additional_chat_templates" / f"{name}.jinja": template
+            for name, template in self.settings.chat_templates.items()
+            if template != self.chat_template and re.fullmatch(r"[\w-]+", name)
+        }
+        if self.chat_template is not None:
+            named[folder / "chat_template.jinja"] = self.chat_template
+        for path, template in named.items():
+            atomic_write(path, template)
+        for path in [folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")]:
+            if path not in named:
+                path.unlink(missing_ok=True)  # another tokenizer's, saved here before
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_plain"}  # a pickled copy would lose its setting

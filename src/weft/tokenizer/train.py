@@ -92,8 +92,6 @@ def train_tokenizer(
         backend = _train_word_piece(stream, vocab_size, special, min_frequency, lowercase)
     else:
         backend = _train_unigram(stream, vocab_size, special)
-    if not read.num_bytes:
-        raise UserError("there is no text to train on; give files with text in them.")
     roles = guess_roles(set(special))
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
@@ -113,7 +111,7 @@ def _special_tokens(kind: Kind, given: Sequence[str] | None) -> list[str]:
 
 
 def _limited(texts: Iterable[str], limit: int, read: Read) -> Iterator[str]:
-    """Texts up to `limit` bytes, counted."""
+    """Texts up to `limit` bytes, counted; raises UserError where there are none."""
     if limit < 1:
         raise UserError(f"the sample is {limit} bytes; give 1 or more.")
     for text in texts:
@@ -131,6 +129,8 @@ def _limited(texts: Iterable[str], limit: int, read: Read) -> Iterator[str]:
             yield text
         if read.stopped:
             return
+    if not read.num_bytes:
+        raise UserError("there is no text to train on; give files with text in them.")
 
 
 def _require(vocab_size: int, least: int, why: str) -> None:
