@@ -43,6 +43,8 @@ def export(
     say(f"{done.path}: {short_count(done.parameters)} parameters as {done.dtype}, {short_bytes(done.bytes)}.")
     ids = "token ids equal" if done.tokenizer else "no tokenizer beside the weights"
     say(f"Checked against the original: KL {done.kl:.2g} nats a token, logits within {done.max_logit_difference:.2g}, {ids}.")
+    if done.llama_cpp is not None:
+        say(f"llama.cpp reads it too: KL {done.llama_cpp:.2g} nats a token.")
     if done.fallbacks:
         say(f"{done.fallbacks} matrices are F16: their rows are not a multiple of Q8_0's 32 numbers.")
     if json_output:

@@ -39,6 +39,7 @@ class Exported:
 
     kl            mean KL divergence, in nats, of the copy's next-token distributions from the original's on a fixed probe.
     max_logit_difference  on the same probe.
+    llama_cpp     the KL divergence of llama.cpp's predictions from the copy; None where it is not installed or was not asked.
     tokenizer     whether a tokenizer went along (its ids were compared).
     fallbacks     tensors kept in F16 because their rows do not fit Q8_0's blocks.
     """
@@ -50,6 +51,7 @@ class Exported:
     bytes: int
     kl: float
     max_logit_difference: float
+    llama_cpp: float | None
     tokenizer: bool
     fallbacks: int
 
@@ -98,8 +100,18 @@ def export(
         finally:
             partial.unlink(missing_ok=True)
         num_bytes = out.stat().st_size
-    parameters = checkpoint.spec.num_params()
-    return Exported(str(out), to, kind, parameters, num_bytes, *report, tokenizer is not None, fallbacks)
+    return Exported(
+        path=str(out),
+        format=to,
+        dtype=kind,
+        parameters=checkpoint.spec.num_params(),
+        bytes=num_bytes,
+        kl=report.kl,
+        max_logit_difference=report.max_logit_difference,
+        llama_cpp=report.llama_cpp,
+        tokenizer=tokenizer is not None,
+        fallbacks=fallbacks,
+    )
 
 
 def _kind(checkpoint: Checkpoint, to: str, dtype: str | None) -> str:

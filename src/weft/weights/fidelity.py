@@ -1,6 +1,7 @@
 """Proves that a copy of a model is that model: its numbers, its predictions and its token ids."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,14 +9,18 @@ from torch import Tensor
 
 from weft.errors import UserError
 from weft.nn import Model
+from weft.spec import ModelSpec
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.weights.gguf import read_gguf
+from weft.weights.llama_cpp_check import logits_by_llama_cpp
 from weft.weights.load import load_weights, open_checkpoint
 
 # How far a rounded copy may be from the original: relative error of each tensor's sampled numbers (root mean square), and mean KL
 # divergence of the next-token distributions in nats. Roundings stay a few times below; a wrong layout is far above.
 _TENSOR_LIMIT = {"f32": 0.0, "f16": 1e-3, "bf16": 5e-3, "q8_0": 3e-2}
 _KL_LIMIT = {"f32": 1e-9, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
+# llama.cpp keeps keys and values in 16 bits and multiplies Q8_0 in integers; a file it misreads is whole nats away.
+_LLAMA_CPP_LIMIT = 0.3
 _SAMPLES = 4096
 
 PROBES = (
@@ -52,19 +57,31 @@ def tokenizer_of(path: Path) -> Tokenizer | None:
     return load_tokenizer(path) if any((path / name).is_file() for name in names) else None
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far a copy is from its original: mean KL divergences in nats a token, and the largest difference of a logit.
+
+    llama_cpp is the divergence of llama.cpp's predictions from the copy, or None where llama.cpp was not asked.
+    """
+
+    kl: float
+    max_logit_difference: float
+    llama_cpp: float | None
+
+
 class Original:
     """What is remembered of a model so that it need not stay in memory beside its copy."""
 
     def __init__(self, model: Model, kind: str, exact: bool) -> None:
         """`kind` is the type the copy is stored in; `exact` says that it can hold every number of the original."""
-        self.kind, self.exact = kind, exact
+        self.kind, self.exact, self.spec = kind, exact, model.spec
         self.samples = _samples(model)
         self.logits = _probe(model)
         if not self.logits.isfinite().all():
             raise UserError("the model's own logits are not finite, so no copy of it can be checked; export a sound checkpoint.")
 
-    def compare(self, path: Path, dtype: torch.dtype, tokenizer: Tokenizer | None) -> tuple[float, float]:
-        """Load the copy; returns the KL divergence and the largest logit difference, or raises UserError where it is another model."""
+    def compare(self, path: Path, dtype: torch.dtype, tokenizer: Tokenizer | None) -> "Distance":
+        """Load the copy and measure its distance; raises UserError where it is another model."""
         copy = load_weights(open_checkpoint(path), dtype=dtype)
         tensor_limit, kl_limit = (0.0, 1e-9) if self.exact else (_TENSOR_LIMIT[self.kind], _KL_LIMIT[self.kind])
         for name, given in _samples(copy).items():
@@ -82,7 +99,19 @@ class Original:
                 f"{kl_limit:.2g}; try --dtype f32 or bf16."
             )
         _compare_tokenizers(tokenizer, tokenizer_of(path))
-        return kl, float((logits - self.logits).abs().max())
+        return Distance(kl, float((logits - self.logits).abs().max()), self._ask_llama_cpp(path, tokenizer))
+
+    def _ask_llama_cpp(self, path: Path, tokenizer: Tokenizer | None) -> float | None:
+        """KL divergence of llama.cpp's predictions from the original's; it loads no file without a vocabulary."""
+        given = logits_by_llama_cpp(path, _probe_ids(self.spec)[0]) if path.suffix == ".gguf" and tokenizer is not None else None
+        if given is None:
+            return None
+        kl = _divergence(self.logits[0], given)
+        if not kl <= _LLAMA_CPP_LIMIT:
+            raise UserError(
+                f"the copy was not kept: llama.cpp predicts otherwise from it, by {kl:.2g} nats a token; export with --to hf instead."
+            )
+        return kl
 
 
 @torch.no_grad()
@@ -100,10 +129,12 @@ def _samples(model: Model) -> dict[str, Tensor]:
 @torch.no_grad()
 def _probe(model: Model) -> Tensor:
     """Logits [2, T, vocab], float32, of fixed tokens."""
-    length = min(48, model.spec.context)
-    ids = torch.randint(model.spec.vocab, (2, length), generator=torch.Generator().manual_seed(1))
-    logits: Tensor = model(ids).logits.float()
+    logits: Tensor = model(_probe_ids(model.spec)).logits.float()
     return logits
+
+
+def _probe_ids(spec: ModelSpec) -> Tensor:
+    return torch.randint(spec.vocab, (2, min(48, spec.context)), generator=torch.Generator().manual_seed(1))
 
 
 def _divergence(expected: Tensor, given: Tensor) -> float:
