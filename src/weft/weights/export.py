@@ -77,7 +77,7 @@ def export(
     out = Path(out)
     tokenizer = tokenizer_of(checkpoint.path)
     compute = stored_dtype(checkpoint)
-    exact = kind == "f32" or DTYPES[kind] == compute
+    exact = DTYPES[kind] == compute or (kind == "f32" and compute != torch.float64)
     compute = torch.float32 if compute == torch.float16 else compute
     model = load_weights(checkpoint, dtype=compute)
     if to == "hf":

@@ -38,9 +38,9 @@ def from_config(config: Mapping[str, Any]) -> tuple[Family, ModelSpec]:
     if model_type is None:
         raise UserError("config.json has no key model_type; give the folder of a language model as transformers or weft saves it.")
     by_type = {family.model_type: family for family in FAMILIES.values()}
-    if model_type not in by_type:
+    family = by_type.get(str(model_type))
+    if family is None:
         raise unknown("model_type in config.json", str(model_type), by_type)
-    family = by_type[model_type]
     try:
         return family, family.from_config(config)
     except pydantic.ValidationError as error:

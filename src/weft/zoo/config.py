@@ -1,5 +1,6 @@
 """Reads a Hugging Face config.json strictly: every key is used, known to change nothing, or refused by name."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -56,7 +57,10 @@ class ConfigReader:
         self.model_type = str(config.get("model_type"))
         self._read: set[str] = set()
         known = tuple(architectures)
-        for name in config.get("architectures") or ():
+        classes = config.get("architectures") or []
+        if not isinstance(classes, list):
+            raise self.refuse("architectures", "it must be a list of class names.")
+        for name in classes:
             if known and name not in known:
                 raise self.refuse("architectures", f"Weft reads {' and '.join(known)}; give a language model's folder.")
         if config.get("quantization_config") is not None:
@@ -80,6 +84,20 @@ class ConfigReader:
         value = self.config.get(key)
         return default if value is None else value
 
+    def integer(self, key: str, default: int | None = None, most: int = 10**9) -> int:
+        """A positive integer; without a default the key must be there. Raises UserError for anything else."""
+        value = self.need(key) if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.refuse(key, f"it must be an integer from 1 to {most:,}.")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number; raises UserError for anything else."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.refuse(key, "it must be a number.")
+        return float(value)
+
     def given(self, key: str, default: Any) -> Any:
         """The value of a key for which null means something: `default` only where the key is absent."""
         self._read.add(key)
@@ -95,7 +113,7 @@ class ConfigReader:
     def activation(self, key: str, default: str, names: Mapping[str, Activation] = ACTIVATIONS) -> Activation:
         """An activation in our word for it."""
         given = self.get(key, default)
-        if given not in names:
+        if not isinstance(given, str) or given not in names:
             raise self.refuse(key, f"Weft has {', '.join(sorted(names))}.{nearest(str(given), names)}")
         return names[given]
 

@@ -11,20 +11,24 @@ from weft.zoo.rules import Cat, Copy, Drop, Rule, copy, head
 
 def read_heads(reader: ConfigReader, kv_default: int | None, width_default: int | None = None) -> dict[str, Any]:
     """heads, kv_heads and head_dim of an attention spec, with the family's defaults for what a config leaves out."""
-    heads = reader.need("num_attention_heads")
-    groups = reader.config.get("num_key_value_heads", kv_default)
-    reader.get("num_key_value_heads")
-    return {"heads": heads, "kv_heads": groups, "head_dim": reader.get("head_dim", width_default)}
+    heads = reader.integer("num_attention_heads")
+    groups = reader.given("num_key_value_heads", kv_default)
+    width = reader.given("head_dim", width_default)
+    return {
+        "heads": heads,
+        "kv_heads": None if groups is None else reader.integer("num_key_value_heads", groups),
+        "head_dim": width_default if width is None else reader.integer("head_dim", width),
+    }
 
 
 def read_sizes(reader: ConfigReader, context_default: int, tied_default: bool) -> dict[str, Any]:
     """The model-level sizes of a spec, without its layers."""
     return {
-        "vocab": reader.need("vocab_size"),
-        "dim": reader.need("hidden_size"),
-        "context": reader.get("max_position_embeddings", context_default),
+        "vocab": reader.integer("vocab_size"),
+        "dim": reader.integer("hidden_size"),
+        "context": reader.integer("max_position_embeddings", context_default),
         "tie_embeddings": reader.flag("tie_word_embeddings", tied_default),
-        "dropout": Dropout(attention=reader.get("attention_dropout", 0.0)),
+        "dropout": Dropout(attention=reader.number("attention_dropout", 0.0)),
     }
 
 
@@ -40,6 +44,11 @@ def layer_windows(reader: ConfigReader, layers: int, window: int | None, default
     if any(sliding) and window is None:
         raise reader.refuse("layer_types", "layers slide but no sliding_window is in use; give one, or make them full_attention.")
     return [window if slides else None for slides in sliding]
+
+
+def read_layers(reader: ConfigReader, key: str = "num_hidden_layers") -> int:
+    """How many layers; beyond a limit that no model comes near, a number is a mistake."""
+    return reader.integer(key, most=10_000)
 
 
 def write_body(spec: ModelSpec, mixer: Attention, channel: Gated) -> dict[str, Any]:

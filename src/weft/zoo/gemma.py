@@ -7,7 +7,7 @@ from typing import Any
 
 from weft.spec import Attention, Block, Gated, ModelSpec, RMSNorm, Rope
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
-from weft.zoo.decoder import decoder_rules, layer_types, layer_windows, read_heads, read_sizes, write_body
+from weft.zoo.decoder import decoder_rules, layer_types, layer_windows, read_heads, read_layers, read_sizes, write_body
 from weft.zoo.family import Entry, Family, Inexpressible, first_parts, fold, windows
 from weft.zoo.rope import read_rope
 
@@ -27,14 +27,14 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     rope = read_rope(reader, sizes["context"])
     bias = reader.flag("attention_bias", False)
     softcap = reader.given("attn_logit_softcapping", 50.0)
-    scale = float(reader.get("query_pre_attn_scalar", 256)) ** -0.5
+    scale = reader.integer("query_pre_attn_scalar", 256) ** -0.5
     window = reader.given("sliding_window", 4096)
     reader.only("sliding_window_size", window)
     reader.only("use_bidirectional_attention", False)
     reader.only("hidden_act", reader.get("hidden_activation", "gelu_pytorch_tanh"))
     activation = reader.activation("hidden_activation", "gelu_pytorch_tanh")
-    channel = Gated(hidden=reader.need("intermediate_size"), activation=activation)
-    layers = reader.need("num_hidden_layers")
+    channel = Gated(hidden=reader.integer("intermediate_size"), activation=activation)
+    layers = read_layers(reader)
     each_window = layer_windows(reader, layers, window, [i % 2 == 0 for i in range(layers)])
     blocks = [
         Block(
@@ -44,7 +44,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
         )
         for size in each_window
     ]
-    norm = RMSNorm(eps=reader.get("rms_norm_eps", 1e-6), unit_offset=True)
+    norm = RMSNorm(eps=reader.number("rms_norm_eps", 1e-6), unit_offset=True)
     logit_softcap = reader.given("final_logit_softcapping", 30.0)
     reader.finish()
     return ModelSpec(**sizes, norm=norm, layers=fold(blocks), scale_embeddings=True, logit_softcap=logit_softcap)

@@ -7,6 +7,7 @@ from typing import Any
 from weft.spec import MLP, Attention, Block, Dropout, LayerNorm, Learned, ModelSpec
 from weft.spec.channels import Activation
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
+from weft.zoo.decoder import read_layers
 from weft.zoo.family import Entry, Family, Inexpressible, first_parts
 from weft.zoo.rules import Drop, Rule, copy, head, transpose
 
@@ -16,27 +17,29 @@ GPT1_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu_tanh", "relu": "relu", 
 
 def from_gpt1(config: Mapping[str, Any]) -> ModelSpec:
     reader = ConfigReader(config, ("OpenAIGPTLMHeadModel", "OpenAIGPTModel"))
-    dim = reader.need("n_embd")
+    dim = reader.integer("n_embd")
     channel = MLP(hidden=4 * dim, activation=reader.activation("afn", "gelu", GPT1_ACTIVATIONS))
-    return _from_config(reader, "post", Attention(heads=reader.need("n_head"), qkv_bias=True, out_bias=True), channel, 512)
+    return _from_config(reader, "post", Attention(heads=reader.integer("n_head"), qkv_bias=True, out_bias=True), channel, 512)
 
 
 def from_gpt2(config: Mapping[str, Any]) -> ModelSpec:
     reader = ConfigReader(config, ("GPT2LMHeadModel", "GPT2Model"))
-    dim = reader.need("n_embd")
-    channel = MLP(hidden=reader.get("n_inner", 4 * dim), activation=reader.activation("activation_function", "gelu_new"))
+    dim = reader.integer("n_embd")
+    channel = MLP(hidden=reader.integer("n_inner", 4 * dim), activation=reader.activation("activation_function", "gelu_new"))
     scale = None if reader.flag("scale_attn_weights", True) else 1.0
     reader.only("scale_attn_by_inverse_layer_idx", False)
     reader.get("reorder_and_upcast_attn")  # the same function, rounded differently in half precision
-    return _from_config(reader, "pre", Attention(heads=reader.need("n_head"), qkv_bias=True, out_bias=True, scale=scale), channel, 1024)
+    return _from_config(reader, "pre", Attention(heads=reader.integer("n_head"), qkv_bias=True, out_bias=True, scale=scale), channel, 1024)
 
 
 def _from_config(reader: ConfigReader, topology: str, mixer: Attention, channel: MLP, positions: int) -> ModelSpec:
-    length = reader.get("n_positions", positions)
-    block = Block.model_validate({"topology": topology, "repeat": reader.need("n_layer"), "mixer": mixer, "channel": channel})
-    dropout = Dropout(embed=reader.get("embd_pdrop", 0.1), attention=reader.get("attn_pdrop", 0.1), residual=reader.get("resid_pdrop", 0.1))
-    norm = LayerNorm(eps=reader.get("layer_norm_epsilon", 1e-5))
-    vocab, dim, context = reader.need("vocab_size"), reader.need("n_embd"), reader.get("n_ctx", length)
+    length = reader.integer("n_positions", positions)
+    block = Block.model_validate({"topology": topology, "repeat": read_layers(reader, "n_layer"), "mixer": mixer, "channel": channel})
+    dropout = Dropout(
+        embed=reader.number("embd_pdrop", 0.1), attention=reader.number("attn_pdrop", 0.1), residual=reader.number("resid_pdrop", 0.1)
+    )
+    norm = LayerNorm(eps=reader.number("layer_norm_epsilon", 1e-5))
+    vocab, dim, context = reader.integer("vocab_size"), reader.integer("n_embd"), reader.integer("n_ctx", length)
     tied = reader.flag("tie_word_embeddings", True)
     reader.finish()
     return ModelSpec(

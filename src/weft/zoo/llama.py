@@ -6,7 +6,7 @@ from typing import Any
 
 from weft.spec import Attention, Block, Gated, Llama3Scaling, ModelSpec, RMSNorm, Rope
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
-from weft.zoo.decoder import LLAMA_NORMS, decoder_rules, read_heads, read_sizes, write_body
+from weft.zoo.decoder import LLAMA_NORMS, decoder_rules, read_heads, read_layers, read_sizes, write_body
 from weft.zoo.family import Entry, Family, Inexpressible, first_parts
 from weft.zoo.rope import read_rope
 
@@ -19,15 +19,15 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     bias = reader.flag("attention_bias", False)
     mixer = Attention(**read_heads(reader, kv_default=None), rope=read_rope(reader, sizes["context"]), qkv_bias=bias, out_bias=bias)
     channel = Gated(
-        hidden=reader.need("intermediate_size"),
+        hidden=reader.integer("intermediate_size"),
         activation=reader.activation("hidden_act", "silu"),
         bias=reader.flag("mlp_bias", False),
     )
     reader.only("pretraining_tp", 1, remedy="other values split the same products: set it to 1")
     reader.only("rope_interleaved", False)
     reader.only("max_sequence_length", sizes["context"])
-    norm = RMSNorm(eps=reader.get("rms_norm_eps", 1e-6))
-    layers = (Block(repeat=reader.need("num_hidden_layers"), mixer=mixer, channel=channel),)
+    norm = RMSNorm(eps=reader.number("rms_norm_eps", 1e-6))
+    layers = (Block(repeat=read_layers(reader), mixer=mixer, channel=channel),)
     reader.finish()
     return ModelSpec(**sizes, norm=norm, layers=layers)
 

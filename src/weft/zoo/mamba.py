@@ -6,6 +6,7 @@ from typing import Any
 
 from weft.spec import Block, Mamba, ModelSpec, RMSNorm
 from weft.zoo.config import ConfigReader
+from weft.zoo.decoder import read_layers
 from weft.zoo.family import Entry, Family, Inexpressible
 from weft.zoo.rules import One, Reshape, Rule, copy, head
 
@@ -22,7 +23,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     reader = ConfigReader(config, ARCHITECTURES)
     for key in _WITHOUT_EFFECT.split():
         reader.get(key)
-    dim, layers, expand = reader.need("hidden_size"), reader.need("num_hidden_layers"), reader.get("expand", 2)
+    dim, layers, expand = reader.integer("hidden_size"), read_layers(reader), reader.integer("expand", 2)
     reader.only("hidden_act", "silu")
     reader.only("rms_norm", True)
     reader.only("ssm_cfg", {})
@@ -31,17 +32,17 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     reader.only("intermediate_size", expand * dim)
     reader.only("d_inner", expand * dim)
     reader.only("layer_types", ["linear_attention"] * layers)
-    rank = reader.get("time_step_rank", "auto")
+    automatic = reader.get("time_step_rank", "auto") == "auto"
     mixer = Mamba(
         expand=expand,
-        state_dim=reader.get("state_size", 16),
-        conv=reader.get("conv_kernel", 4),
-        dt_rank=None if rank == "auto" else rank,
+        state_dim=reader.integer("state_size", 16),
+        conv=reader.integer("conv_kernel", 4),
+        dt_rank=None if automatic else reader.integer("time_step_rank"),
         conv_bias=reader.flag("use_conv_bias", True),
         bias=reader.flag("use_bias", False),
     )
-    norm = RMSNorm(eps=reader.get("layer_norm_epsilon", 1e-5))
-    vocab, context = reader.need("vocab_size"), reader.get("max_position_embeddings", 2048)
+    norm = RMSNorm(eps=reader.number("layer_norm_epsilon", 1e-5))
+    vocab, context = reader.integer("vocab_size"), reader.integer("max_position_embeddings", 2048)
     tied = reader.flag("tie_word_embeddings", True)
     reader.finish()
     return ModelSpec(vocab=vocab, dim=dim, context=context, norm=norm, tie_embeddings=tied, layers=(Block(repeat=layers, mixer=mixer),))

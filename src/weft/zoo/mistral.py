@@ -6,7 +6,7 @@ from typing import Any
 
 from weft.spec import Attention, Block, Gated, ModelSpec, RMSNorm, Rope
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
-from weft.zoo.decoder import LLAMA_NORMS, decoder_rules, read_heads, read_sizes, write_body
+from weft.zoo.decoder import LLAMA_NORMS, decoder_rules, read_heads, read_layers, read_sizes, write_body
 from weft.zoo.family import Entry, Family, first_parts
 from weft.zoo.rope import read_rope
 
@@ -19,9 +19,9 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     mixer = Attention(
         **read_heads(reader, kv_default=8), rope=read_rope(reader, sizes["context"]), window=reader.given("sliding_window", 4096)
     )
-    channel = Gated(hidden=reader.need("intermediate_size"), activation=reader.activation("hidden_act", "silu"))
-    norm = RMSNorm(eps=reader.get("rms_norm_eps", 1e-6))
-    layers = (Block(repeat=reader.need("num_hidden_layers"), mixer=mixer, channel=channel),)
+    channel = Gated(hidden=reader.integer("intermediate_size"), activation=reader.activation("hidden_act", "silu"))
+    norm = RMSNorm(eps=reader.number("rms_norm_eps", 1e-6))
+    layers = (Block(repeat=read_layers(reader), mixer=mixer, channel=channel),)
     reader.finish()
     return ModelSpec(**sizes, norm=norm, layers=layers)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from weft.spec import Attention, Block, Gated, ModelSpec, RMSNorm, Rope
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
-from weft.zoo.decoder import LLAMA_NORMS, decoder_rules, layer_types, layer_windows, read_heads, read_sizes, write_body
+from weft.zoo.decoder import LLAMA_NORMS, decoder_rules, layer_types, layer_windows, read_heads, read_layers, read_sizes, write_body
 from weft.zoo.family import Entry, Family, first_parts, fold, windows
 from weft.zoo.rope import read_rope
 
@@ -22,11 +22,11 @@ def from_qwen3(config: Mapping[str, Any]) -> ModelSpec:
 def _from_config(reader: ConfigReader, normed: bool) -> ModelSpec:
     """Qwen 3 (`normed`) norms each head; its biases are an option where Qwen 2 always has them on q, k and v."""
     sizes = read_sizes(reader, context_default=32768, tied_default=False)
-    norm = RMSNorm(eps=reader.get("rms_norm_eps", 1e-6))
+    norm = RMSNorm(eps=reader.number("rms_norm_eps", 1e-6))
     bias = reader.flag("attention_bias", False) if normed else False
     heads = read_heads(reader, kv_default=32, width_default=128 if normed else None)
     rope = read_rope(reader, sizes["context"])
-    channel = Gated(hidden=reader.need("intermediate_size"), activation=reader.activation("hidden_act", "silu"))
+    channel = Gated(hidden=reader.integer("intermediate_size"), activation=reader.activation("hidden_act", "silu"))
     reader.only("use_mrope", False)
     blocks = [
         Block(
@@ -43,8 +43,8 @@ def _from_config(reader: ConfigReader, normed: bool) -> ModelSpec:
 
 def _windows(reader: ConfigReader) -> list[int | None]:
     """Layers from `max_window_layers` on slide, where `use_sliding_window` says so and no `layer_types` says otherwise."""
-    layers = reader.need("num_hidden_layers")
-    first, given = reader.get("max_window_layers", 28), reader.given("sliding_window", 4096)
+    layers = read_layers(reader)
+    first, given = reader.number("max_window_layers", 28), reader.given("sliding_window", 4096)
     window = given if reader.flag("use_sliding_window", False) else None
     return layer_windows(reader, layers, window, [window is not None and i >= first for i in range(layers)])
 

@@ -20,7 +20,6 @@ _SUBKEYS = {
         "attention_factor",
         "mscale",
         "mscale_all_dim",
-        "truncate",
     ),
 }
 
@@ -31,8 +30,7 @@ def read_rope(reader: ConfigReader, context: int) -> Rope:
     Raises UserError for a scaling that Weft does not compute (dynamic, longrope and others) and for keys it does not know.
     """
     key, given = _parameters(reader)
-    base = given.pop("rope_theta", None) or reader.get("rope_theta", 10000.0)
-    reader.get("rope_theta")
+    base = reader.number("rope_theta", 10000.0)
     original = reader.get("original_max_position_embeddings")
     kinds = {str(given.pop(word)) for word in ("rope_type", "type") if given.get(word) is not None}
     kind = kinds.pop() if kinds else "default"
@@ -42,14 +40,24 @@ def read_rope(reader: ConfigReader, context: int) -> Rope:
         raise reader.refuse(key, f"Weft scales rotary positions by {', '.join(_KINDS)}; '{kind}' is none of these.")
     if given.pop("partial_rotary_factor", 1) not in (1, None):
         raise reader.refuse(key, "Weft rotates whole heads; partial_rotary_factor must be 1.")
-    for name in given:
-        if name not in _SUBKEYS[kind] and given[name] is not None:
+    if given.pop("truncate", True) not in (True, None):
+        raise reader.refuse(key, "Weft computes YaRN with truncate: true only.")
+    if original is not None and kind in ("llama3", "yarn"):
+        given["original_max_position_embeddings"] = original
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if name not in (*_SUBKEYS[kind], "rope_theta"):
             raise reader.refuse(
                 key, f"{name} is not a key of {kind} scaling.{nearest(name, _SUBKEYS[kind])} Remove it if it changes nothing."
             )
-    if original is not None and kind in ("llama3", "yarn"):
-        given["original_max_position_embeddings"] = original
+        if not _is_positive(value):
+            raise reader.refuse(key, f"{name} must be a positive number.")
+    base = given.pop("rope_theta", base)
     return Rope(base=base, scaling=_scaling(reader, key, kind, given, context))
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _parameters(reader: ConfigReader) -> tuple[str, dict[str, Any]]:
@@ -88,8 +96,6 @@ def _scaling(
             high_freq_factor=given["high_freq_factor"],
             original_context=original,
         )
-    if given.get("truncate") is False:
-        raise reader.refuse(key, "Weft computes YaRN with truncate: true only.")
     return YarnScaling(
         factor=factor,
         original_context=original,

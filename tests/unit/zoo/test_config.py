@@ -258,3 +258,21 @@ def test_what_weft_would_compute_differently_is_refused_by_name(config: dict[str
 
 def test_an_unknown_key_that_is_null_passes() -> None:
     assert spec_of(SMOLLM2, attn_logit_cap=None) == spec_of(SMOLLM2)
+
+
+WEIRD = [None, -1, 0, 3, 10**30, 1.5, float("nan"), float("inf"), True, "x", "", [], [1], {}, {"type": "yarn"}, {"rope_theta": [2]}]
+
+
+@pytest.mark.parametrize("config", [SMOLLM2, QWEN25, GEMMA2, GPT2, MAMBA], ids=lambda config: config["model_type"])
+def test_no_value_of_any_key_does_more_than_be_refused(config: dict[str, Any]) -> None:
+    """A damaged config gives a spec or a sentence, never another exception and never a hang."""
+    extra = ("rope_scaling", "rope_parameters", "layer_types", "head_dim", "sliding_window", "tie_word_embeddings", "nonsense", "n_inner")
+    messages = []
+    for key in {*config, *extra}:
+        for value in WEIRD:
+            try:
+                spec_of(config, **{key: value})
+            except UserError as error:
+                messages.append(str(error))
+    assert len(messages) > 100
+    assert max(map(len, messages)) < 700
