@@ -167,7 +167,7 @@ def test_exports_that_cannot_be_asked_for(tmp_path: Path) -> None:
         ({"llama.attention.sliding_window": 64}, ["sliding_window"]),
         ({"llama.rope.dimension_count": 4}, ["rope.dimension_count"]),
         ({"llama.attention.head_count": [6, 6, 3]}, ["head_count", "layer to layer"]),
-        ({"llama.attention.head_count": 0}, ["head_count", "positive"]),
+        ({"llama.attention.head_count": 0}, ["head_count", "integer from 1"]),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, ["longrope"]),
         ({"llama.vocab_size": 9}, ["vocab_size", "61"]),
         ({"llama.block_count": 2}, ["no place for", "blk.2."]),

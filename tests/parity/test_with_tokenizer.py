@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,16 +26,17 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer("bpe", TEXT, 400)
 
 
-def trained(vocab: int, scaling: dict[str, object] | None = None, **changes: object) -> Model:
+def trained(vocab: int, scaling: dict[str, object] | None = None, bias: bool = False, **changes: object) -> Model:
     """A Llama whose weights are large enough to speak with conviction."""
-    mixer = {"type": "attention", "heads": 4, "kv_heads": 2, "rope": {"base": 5000.0, "scaling": scaling}}
-    layers = [{"repeat": 3, "mixer": mixer, "channel": {"type": "gated", "hidden": 96}}]
+    rope = {"base": 5000.0, "scaling": scaling}
+    mixer = {"type": "attention", "heads": 4, "kv_heads": 2, "rope": rope, "qkv_bias": bias, "out_bias": bias}
+    layers = [{"repeat": 3, "mixer": mixer, "channel": {"type": "gated", "hidden": 96, "bias": bias}}]
     sizes = {"vocab": vocab, "dim": 64, "context": 64, "norm": {"type": "rms"}, "layers": layers, **changes}
     model = build(model_spec(sizes), seed=5).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(6.0 if parameter.ndim > 1 else 1.0)
-            if "norm" in name:
+            if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.sin(torch.arange(parameter.numel())))
     return model
 
@@ -69,13 +71,14 @@ def test_a_tokenizer_trained_here_travels_into_gguf(tokenizer: Tokenizer, tmp_pa
     [
         (None, {}),
         (None, {"tie_embeddings": False}),
+        (None, {"bias": True}),
         ({"type": "linear", "factor": 4.0}, {}),
         ({"type": "llama3", "factor": 8.0, "original_context": 16}, {}),
         ({"type": "yarn", "factor": 4.0, "original_context": 16}, {}),
     ],
-    ids=["tied", "untied", "linear", "llama3", "yarn"],
+    ids=["tied", "untied", "biased", "linear", "llama3", "yarn"],
 )
-def test_llama_cpp_agrees(tokenizer: Tokenizer, scaling: dict[str, object] | None, changes: dict[str, object], tmp_path: Path) -> None:
+def test_llama_cpp_agrees(tokenizer: Tokenizer, scaling: dict[str, object] | None, changes: dict[str, Any], tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; it is built from source")
     model = trained(tokenizer.vocab_size + 5, scaling, **changes)
     save_model(model, tmp_path / "m", tokenizer)

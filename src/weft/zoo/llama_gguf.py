@@ -41,7 +41,7 @@ class _Reader:
 
     def finish(self) -> None:
         for key, value in self.values.items():
-            if value not in _NEUTRAL.get(key, ()):
+            if not any(value == neutral for neutral in _NEUTRAL.get(key, ())):
                 raise UserError(f"the GGUF file has llama.{key} = {value!r}, which Weft does not compute; give a plain Llama.")
 
 
@@ -66,7 +66,7 @@ def from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], 
         if reader.get(key, width) != width:
             raise UserError(f"the GGUF file's llama.{key} is not the head's width {width}; Weft needs them equal.")
     groups = _one(reader, "attention.head_count_kv", heads)
-    context = reader.need("context_length")
+    context = _one(reader, "context_length")
     vocab = shapes["token_embd.weight"][0]
     if reader.get("vocab_size", vocab) != vocab:
         raise UserError(f"the GGUF file's llama.vocab_size is not the {vocab} rows of token_embd.weight; convert the model again.")
@@ -79,22 +79,30 @@ def from_gguf(metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], 
         out_bias="blk.0.attn_output.bias" in shapes,
     )
     channel = Gated(hidden=_one(reader, "feed_forward_length"), bias="blk.0.ffn_gate.bias" in shapes)
-    norm = RMSNorm(eps=_decimal(reader.need("attention.layer_norm_rms_epsilon")))
-    layers = (Block(repeat=reader.need("block_count"), mixer=mixer, channel=channel),)
+    norm = RMSNorm(eps=_number(reader, "attention.layer_norm_rms_epsilon"))
+    layers = (Block(repeat=_one(reader, "block_count", most=10_000), mixer=mixer, channel=channel),)
     reader.finish()
     return ModelSpec(vocab=vocab, dim=dim, context=context, norm=norm, tie_embeddings="output.weight" not in shapes, layers=layers)
 
 
-def _one(reader: _Reader, key: str, default: int | None = None) -> int:
-    """An integer, given once or alike for every layer."""
+def _one(reader: _Reader, key: str, default: int | None = None, most: int = 10**9) -> int:
+    """A positive integer, given once or alike for every layer."""
     value = reader.need(key) if default is None else reader.get(key, default)
     if isinstance(value, list):
-        if len(set(value)) != 1:
+        if len(set(map(str, value))) != 1:
             raise UserError(f"the GGUF file's llama.{key} differs from layer to layer; Weft reads Llamas whose layers are alike.")
         value = value[0]
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"the GGUF file's llama.{key} is {value!r}; it must be a positive integer. Convert the model again.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise UserError(f"the GGUF file's llama.{key} is {value!r}; it must be an integer from 1 to {most:,}. Convert the model again.")
     return value
+
+
+def _number(reader: _Reader, key: str, default: float | None = None) -> float:
+    """A positive number."""
+    value = reader.need(key) if default is None else reader.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"the GGUF file's llama.{key} is {value!r}; it must be a positive number. Convert the model again.")
+    return _decimal(value)
 
 
 def _decimal(value: float) -> float:
@@ -103,29 +111,29 @@ def _decimal(value: float) -> float:
 
 
 def _read_rope(reader: _Reader, metadata: Mapping[str, Any], context: int, width: int, factors: Sequence[float] | None) -> Rope:
-    base = _decimal(reader.get("rope.freq_base", 10000.0))
-    kind = reader.get("rope.scaling.type", "none")
-    factor = reader.get("rope.scaling.factor", reader.get("rope.scale_linear"))
-    original = reader.get("rope.scaling.original_context_length", context)
-    sharpen = reader.get("rope.scaling.attn_factor", 1.0)
+    base = _number(reader, "rope.freq_base", 10000.0)
+    kind = reader.get("rope.scaling.type", "linear")
+    stretch = _number(reader, "rope.scale_linear", 1.0)  # how files before `rope.scaling` said it
+    factor = _number(reader, "rope.scaling.factor", stretch)
+    original = _one(reader, "rope.scaling.original_context_length", context)
+    sharpen = _number(reader, "rope.scaling.attn_factor", 1.0)
+    plain = kind == "none" or (kind == "linear" and factor == 1)
     if factors is not None and any(abs(entry - 1) > 1e-6 for entry in factors):
-        if kind != "none":
+        if not plain:
             raise UserError(f"the GGUF file has both {ROPE_FACTORS} and {kind} scaling; Weft computes one scaling.")
         return Rope(base=base, scaling=_fit_llama3(metadata, base, width, factors))
-    if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
+    if plain:
         return Rope(base=base, scaling=_stored_llama3(metadata))
-    if factor is None:
-        raise UserError(f"the GGUF file asks for {kind} scaling without llama.rope.scaling.factor; convert the model again.")
     if kind == "linear":
-        return Rope(base=base, scaling=LinearScaling(factor=_decimal(factor)))
+        return Rope(base=base, scaling=LinearScaling(factor=factor))
     if kind != "yarn":
         raise UserError(f"the GGUF file scales rotary positions by '{kind}'; Weft knows none, linear, yarn and Llama 3's factors.")
     yarn = YarnScaling(
-        factor=_decimal(factor),
+        factor=factor,
         original_context=original,
-        beta_fast=_decimal(reader.get("rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=_decimal(reader.get("rope.scaling.yarn_beta_slow", 1.0)),
-        attention_factor=None if sharpen == 1.0 else _decimal(sharpen) * yarn_attention(_decimal(factor)),
+        beta_fast=_number(reader, "rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=_number(reader, "rope.scaling.yarn_beta_slow", 1.0),
+        attention_factor=None if sharpen == 1.0 else sharpen * yarn_attention(factor),
     )
     return Rope(base=base, scaling=yarn)
 
@@ -135,6 +143,8 @@ def _stored_llama3(metadata: Mapping[str, Any]) -> Llama3Scaling | None:
     given = {key.removeprefix(_OURS): value for key, value in metadata.items() if key.startswith(_OURS)}
     if not given:
         return None
+    if any(isinstance(value, float) and not math.isfinite(value) for value in given.values()):
+        raise UserError(f"the GGUF file's {_OURS}* are not finite numbers; convert the model again.")
     return Llama3Scaling.model_validate({key: _decimal(value) if isinstance(value, float) else value for key, value in given.items()})
 
 
