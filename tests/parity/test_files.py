@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weft.errors import UserError
 from weft.spec import model_spec
+from weft.weights.export import export
 from weft.weights.load import load_model
 from weft.weights.save import check_replaceable, save_model
 
@@ -197,6 +198,17 @@ def test_a_hybrid_round_trips_in_wefts_own_folder(tmp_path: Path) -> None:
     assert loaded.checkpoint.family.name == "weft"
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(UserError, match="no Hugging Face family"):
+        export(tmp_path / "m", "hf", tmp_path / "hf")
+    with pytest.raises(UserError, match="Llama family"):
+        export(tmp_path / "m", "gguf", tmp_path / "m.gguf")
+
+
+def test_a_pickled_state_dict_loads_through_torchs_weights_only_reader(tmp_path: Path) -> None:
+    model = oracle(BY_NAME["gpt2"])
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert (ours(tmp_path) - logits_of(model, tokens())).abs().max() < TOLERANCE
 
 
 def test_saving_replaces_a_model_but_nothing_else(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def trained(vocab: int, scaling: dict[str, object] | None = None, bias: bool = F
     sizes = {"vocab": vocab, "dim": 64, "context": 64, "norm": {"type": "rms"}, "layers": layers, **changes}
     model = build(model_spec(sizes), seed=5).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             parameter.mul_(6.0 if parameter.ndim > 1 else 1.0)
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.sin(torch.arange(parameter.numel())))

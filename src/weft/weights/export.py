@@ -23,6 +23,7 @@ from weft.weights.load import Checkpoint, load_weights, open_checkpoint, stored_
 from weft.weights.map import stored_tensors
 from weft.weights.save import check_replaceable, write_folder
 from weft.zoo import llama_gguf
+from weft.zoo.native import NATIVE
 
 Progress = Callable[[int, int], None]
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": None}
@@ -74,6 +75,10 @@ def export(
         raise unknown("format", str(to), ("hf", "gguf"))
     checkpoint = open_checkpoint(source)
     kind = _kind(checkpoint, to, dtype)
+    if to == "hf" and checkpoint.family is NATIVE:
+        raise UserError(
+            f"no Hugging Face family holds the model at {checkpoint.path}: it mixes parts as none of them does. Use it with weft as it is."
+        )
     out = Path(out)
     tokenizer = tokenizer_of(checkpoint.path)
     compute = stored_dtype(checkpoint)

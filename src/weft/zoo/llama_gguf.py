@@ -172,7 +172,7 @@ def to_gguf(spec: ModelSpec) -> dict[str, Any]:
     """The architecture's metadata for a spec; raises UserError where GGUF's llama would compute something else."""
     try:
         mixer, channel = first_parts(spec, "pre", Attention, Gated)
-        if mixer.rope is None:
+        if mixer.rope is None or len(set(spec.blocks())) > 1:
             raise Inexpressible
         metadata = _metadata(spec, mixer, channel)
         shapes = _shapes(spec)
