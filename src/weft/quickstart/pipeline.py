@@ -1,0 +1,248 @@
+"""The job: its steps in order, each done once for the same corpus and options, and carried on where it was stopped."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.device import pick_device
+from weft.files import atomic_write
+from weft.quickstart.ledger import Ledger, content_key
+from weft.quickstart.measuring import LABELS, measure_baselines, measure_model
+from weft.quickstart.options import Options
+from weft.quickstart.preparing import (
+    Material,
+    collect_pairs,
+    describe_material,
+    encode,
+    make_tokens,
+    read_material,
+    tokenizer_of,
+    write_pairs,
+)
+from weft.quickstart.report import Results, build_report, draw_report, markdown
+from weft.quickstart.reporter import Reporter, Silent
+from weft.quickstart.sampling import judge_model, sample_texts
+from weft.quickstart.settings import Settings
+from weft.quickstart.training import (
+    can_compile,
+    drop_run,
+    essentials,
+    fine_tuning_recipe,
+    pretraining_recipe,
+    read_curve,
+    tell_training,
+    train,
+)
+from weft.quickstart.workplace import Workplace, check_out
+from weft.train.callbacks import clock
+from weft.train.card import size
+from weft.train.speed import peak_memory
+from weft.weights.load import load_model
+from weft.weights.save import save_model
+
+Facts = dict[str, Any]
+STEPS = 7
+PICTURE = "quickstart.png"
+
+
+def quickstart(options: Options, settings: Settings | None = None, restart: bool = False, reporter: Reporter | None = None) -> Facts:
+    """Do the whole job, or what is left of it, and return the report (see `docs/quickstart.md` for its keys).
+
+    Raises UserError for a corpus or a folder that cannot be used, and training.Interrupted after a Ctrl-C in training.
+    """
+    settings, reporter = settings or Settings(), reporter or Silent()
+    device = pick_device(options.device)
+    check_out(options.out)
+    reporter.begin(1, STEPS, "reading the corpus")
+    material = read_material(options.corpus, settings)  # before anything is written: a bad corpus leaves no trace
+    corpus = describe_material(material)
+    reporter.end(_tell_corpus(corpus), known=False)
+    place = Workplace(options.out.absolute(), restart)
+    try:
+        return _Job(options, settings, place, reporter, device).run(material, corpus)
+    finally:
+        place.release()
+
+
+class _Job:
+    """One sitting. Every step's result is a JSON-ready dict; `keys` holds what each step's result depends on."""
+
+    def __init__(self, options: Options, settings: Settings, place: Workplace, reporter: Reporter, device: torch.device) -> None:
+        self.options, self.settings, self.place, self.reporter, self.device = options, settings, place, reporter, device
+        self.ledger = Ledger(place.records)
+        self._number = 1
+        self._compiles: bool | None = None
+
+    def run(self, material: Material, corpus: Facts) -> Facts:
+        tokens = self._tokens(material)
+        pretrained = self._pretrain(tokens)
+        tuned = self._fine_tune(material, pretrained)
+        measured = self._measure(material, tokens, tuned)
+        judged = self._judge(material, tuned)
+        return self._report(Results(corpus, tokens, pretrained, tuned, measured, judged))
+
+    def _begin(self, title: str) -> None:
+        self._number += 1
+        self.reporter.begin(self._number, STEPS, title)
+
+    def _step(
+        self, name: str, title: str, key: str, work: Callable[[], Facts], tell: Callable[[Facts], str], outputs: Sequence[Path]
+    ) -> Facts:
+        """Do a step, or find it done; its result gets its key, its time and the peak memory so far."""
+        self._begin(title)
+
+        def measured() -> Facts:
+            result = work()
+            return {**result, "key": key, "peak_memory_bytes": peak_memory(torch.device("cpu"))}
+
+        result, known = self.ledger.run(name, key, measured, outputs)
+        self.reporter.end(tell(result), known)
+        return result
+
+    def _can_compile(self) -> bool:
+        """Whether to compile; asked once, and only when something is trained."""
+        if self._compiles is None:
+            self.reporter.advance(0, None, "trying the compiler")
+            self._compiles = self.settings.compile and can_compile(self.device)
+            if self.settings.compile and not self._compiles:
+                self.reporter.note("torch.compile does not work here (it needs a C++ compiler), so training is about a third slower.")
+        return self._compiles
+
+    # The steps.
+
+    def _tokens(self, material: Material) -> Facts:
+        key = content_key(material.key, self.settings.facts()["tokens"])
+        return self._step(
+            "tokens",
+            "training a byte-level BPE",
+            key,
+            lambda: make_tokens(material, self.settings, self.place, key, self.reporter),
+            lambda facts: (
+                f"{facts['vocab']:,} tokens, {facts['bytes_per_token']:.2f} bytes each: {facts['train_tokens']:,} to train on, "
+                f"{facts['heldout_tokens']:,} held out"
+            ),
+            [self.place.tokenizer, self._shards(key)],
+        )
+
+    def _shards(self, key: str) -> Path:
+        return self.place.work / f"shards-{key[:12]}"
+
+    def _pretrain(self, tokens: Facts) -> Facts:
+        shards = self._shards(tokens["key"])
+        recipe = pretraining_recipe(self.options, self.settings, tokens["vocab"], self.place.tokenizer, shards, Path("out"))
+        key = content_key(tokens["key"], essentials(recipe))
+        run = self.place.run_folder("pretrain", content_key(key, self.place.out))
+
+        def work() -> Facts:
+            card = train({**recipe, "out": str(run)}, self._can_compile(), self.reporter)
+            model = load_model(run / "last").model
+            save_model(model, self.place.base, tokenizer_of(self.place))
+            facts = {"card": card, "curve": read_curve(run, card["cost"]["seconds"])}
+            drop_run(run)
+            return facts
+
+        def tell(facts: Facts) -> str:
+            return f"{facts['card']['model']['parameters']:,} parameters, {tell_training(facts['card'])}"
+
+        length = f"for {clock(60 * self.options.minutes)}" if self.settings.steps is None else f"for {self.settings.steps} steps"
+        return self._step("pretrain", f"pretraining a small Llama {length}", key, work, tell, [self.place.base])
+
+    def _fine_tune(self, material: Material, pretrained: Facts) -> Facts:
+        settings = self.settings
+        recipe = fine_tuning_recipe(self.options, settings, self.place.base, self.place.tokenizer, Path("shards"), Path("out"))
+        key = content_key(pretrained["key"], essentials(recipe), settings.facts()["fine_tuning"])
+        run = self.place.run_folder("fine-tune", content_key(key, self.place.out))
+        why_not = _no_pairs_because(material.corpus.kind)
+
+        def work() -> Facts:
+            self.reporter.advance(0, None, "making pairs")
+            pairs, heldout = ([], []) if why_not else collect_pairs(material, settings)
+            reason = why_not or (f"only {len(pairs)} documented functions were found" if len(pairs) < settings.fine_tuning.fewest else "")
+            tokenizer = tokenizer_of(self.place)
+            if reason:
+                save_model(load_model(self.place.base).model, self.place.model, tokenizer)
+                return {"skipped": reason, "pairs": len(pairs), "card": None}
+            write_pairs(pairs, heldout, self.place.pairs)
+            shards = encode(self.place.pairs, tokenizer, self.place.run_folder("pair-shards", key), self.reporter)
+            data = {**recipe["data"], "sources": [{"path": str(shards), "name": "pairs"}]}
+            card = train({**recipe, "data": data, "out": str(run)}, self._can_compile(), self.reporter)
+            save_model(load_model(run / "last").model, self.place.model, tokenizer)
+            drop_run(run)
+            return {"skipped": "", "pairs": len(pairs), "card": card}
+
+        def tell(facts: Facts) -> str:
+            if facts["skipped"]:
+                return f"skipped: {facts['skipped']}"
+            return f"{facts['pairs']:,} pairs, {tell_training(facts['card'])}"
+
+        return self._step("fine-tune", "fine-tuning on functions", key, work, tell, [self.place.model])
+
+    def _measure(self, material: Material, tokens: Facts, tuned: Facts) -> Facts:
+        key = content_key(tuned["key"], material.key)
+
+        def work() -> Facts:
+            baselines = measure_baselines(material, self.reporter)
+            shards = self._shards(tokens["key"])
+            score = measure_model(self.place.base, shards, self.options, self.settings, self.reporter, "this model")
+            facts = {"baselines": baselines, "bits_per_byte": round(score.bits_per_byte, 5), "scored_tokens": score.tokens}
+            if not tuned["skipped"]:
+                after = measure_model(self.place.model, shards, self.options, self.settings, self.reporter, "this model, fine-tuned")
+                facts["bits_per_byte_fine_tuned"] = round(after.bits_per_byte, 5)
+            assert score.num_bytes == material.split.heldout_bytes
+            return facts
+
+        def tell(facts: Facts) -> str:
+            others = ", ".join(f"{LABELS[name].replace(chr(10), ' ')} {bits:.3f}" for name, bits in facts["baselines"].items())
+            return f"{facts['bits_per_byte']:.3f} bits a byte of held-out text ({others})"
+
+        return self._step("measure", "measuring the held-out text", key, work, tell, [])
+
+    def _judge(self, material: Material, tuned: Facts) -> Facts:
+        key = content_key(tuned["key"], self.settings.facts()["judging"])
+
+        def work() -> Facts:
+            arguments = (self.options, self.settings, self.reporter)
+            samples = sample_texts(material, self.place.model, *arguments)
+            shares = {}
+            if not tuned["skipped"]:
+                _, heldout = collect_pairs(material, self.settings)
+                before = judge_model(heldout, self.place.base, *arguments, "before fine-tuning")
+                after = judge_model(heldout, self.place.model, *arguments, "after fine-tuning")
+                shares = {"before": before, "after": after} if before and after else {}
+            return {"samples": samples, "parse_share": shares}
+
+        def tell(facts: Facts) -> str:
+            shares = facts["parse_share"]
+            if not shares:
+                return f"{len(facts['samples'])} samples written; there are no functions to judge"
+            before, after = shares["before"], shares["after"]
+            return f"{before['share']:.0%} of {before['samples']} sampled functions parse before fine-tuning, {after['share']:.0%} after"
+
+        return self._step("judge", "sampling functions, and parsing them", key, work, tell, [])
+
+    def _report(self, results: Results) -> Facts:
+        self._begin("writing the report")
+        report = build_report(self.options, self.device, results)
+        try:
+            atomic_write(self.place.out / PICTURE, draw_report(report, results.pretrained["curve"]))
+            report["picture"] = PICTURE
+        except ImportError:
+            self.reporter.note("matplotlib is not installed, so there is no picture; pip install 'weft[plots]' brings it.")
+        atomic_write(self.place.out / "quickstart.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(self.place.out / "quickstart.md", markdown(report))
+        self.reporter.end(f"{clock(report['seconds']['total'])} in all, {size(report['peak_memory_bytes'])} of memory", known=False)
+        return report
+
+
+def _no_pairs_because(kind: str) -> str:
+    return "" if kind == "python" else "the corpus is not Python, and pairs are made of Python functions"
+
+
+def _tell_corpus(corpus: Facts) -> str:
+    whole = f"{corpus['name']}: {corpus['files']:,} files, {size(corpus['bytes'])}"
+    if corpus["split"] == "units":
+        return f"{whole}; {size(corpus['heldout_bytes'])} held out, {len(corpus['heldout_units'])} of {corpus['units']} top-level modules"
+    return f"{whole}; {size(corpus['heldout_bytes'])} held out, the ends of files, as there are too few to hold out whole ones"
