@@ -190,7 +190,7 @@ class Arena(nn.Module):
         length = int(self.lens[row])
         copy: dict[Key | str, Tensor] = {"lens": self.lens[row].clone()}
         for key, leaf in self.leaves.items():
-            if leaf.kind == "append":
+            if leaf.kind in ("append", "ring"):
                 copy[key] = self._entries(key, leaf, row, length).clone()
             else:
                 copy[key] = self._buffer(key)[row].clone()
@@ -206,17 +206,35 @@ class Arena(nn.Module):
             if leaf.kind == "append" and self.page is not None:
                 where = torch.arange(length, device=self.lens.device)
                 self._buffer(key)[self.table[row, where // self.page], where % self.page] = copy[key]
-            elif leaf.kind == "append":
+            elif leaf.kind in ("append", "ring"):
                 self._entries(key, leaf, row, length).copy_(copy[key])
             else:
                 self._buffer(key)[row] = copy[key]
         self.lens[row] = length
 
     def _entries(self, key: Key, leaf: Leaf, row: int, length: int) -> Tensor:
-        """The first `length` entries [length, *shape] of a row's APPEND leaf (a view where the layout is dense)."""
-        if self.page is None:
-            return self._buffer(key).movedim(max(1, len(leaf.shape)), 1)[row, :length]
+        """A row's entries [length, *shape] of an APPEND leaf, or the slots in use of a RING leaf (a view where the layout is dense)."""
+        if self.page is None or leaf.kind == "ring":
+            entries = self._buffer(key).movedim(max(1, len(leaf.shape)), 1)[row]
+            return entries[: min(length, entries.shape[0] - 1)]
         return self._buffer(key)[self.table[row]].flatten(0, 1)[:length]
+
+    @torch.no_grad()
+    def resized(self, rows: int, max_len: int, keep: list[int]) -> "Arena":
+        """A dense arena of another size whose first rows are copies of the rows `keep`, none of which may be longer than max_len."""
+        assert self.page is None
+        other = Arena(self._model[0], rows, max_len, self.max_chunk, self.dtype)
+        source = torch.tensor(keep, dtype=torch.long, device=self.lens.device)
+        for key, leaf in self.leaves.items():
+            old, new = self._buffer(key)[source], other._buffer(key)[: len(keep)]
+            if leaf.kind in ("append", "ring"):
+                # Slots keep their numbers: a ring smaller than its final size has never wrapped.
+                axis = max(1, len(leaf.shape))
+                slots = min(old.shape[axis], new.shape[axis]) - 1
+                old, new = old.narrow(axis, 0, slots), new.narrow(axis, 0, slots)
+            new.copy_(old)
+        other.lens[: len(keep)] = self.lens[source]
+        return other
 
     def bytes(self) -> int:
         """Bytes of all buffers."""

@@ -1,6 +1,7 @@
 """The affine map every part uses, with the initialisation of its place in the model."""
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from weft.nn.fill import fill_normal
 
@@ -16,3 +17,21 @@ class Linear(nn.Linear):
         fill_normal(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return affine(input, self.weight, self.bias)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b for x [..., D]; in 16-bit formats on a CPU, a row of x gives the same bits however many other rows there are.
+
+    Torch has three reasons to compute a row in another way, and each is taken away: a kernel for a single row, which divides long sums
+    differently; a kernel for products of at most 16^3; and for x [B, T, D] that is not contiguous, a bias added after rounding. A few
+    rows are therefore given company (5 microseconds).
+    """
+    rows = x.numel() // x.shape[-1]
+    fewest = max(2, 16**3 // weight.numel() + 1)
+    if x.dtype.itemsize == 2 and x.device.type == "cpu" and rows < fewest:
+        padded = F.pad(x.reshape(rows, -1), (0, 0, 0, fewest - rows))
+        return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
+    return F.linear(x.contiguous(), weight, bias)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from weft.nn.block import Block, build_block
 from weft.nn.fill import fill_normal
+from weft.nn.linear import affine
 from weft.nn.mixer import Site
 from weft.nn.norm import build_norm
 from weft.nn.position import build_position
@@ -130,7 +130,7 @@ class Head(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        logits = F.linear(hidden, embedding if self.weight is None else self.weight, self.bias)
+        logits = affine(hidden, embedding if self.weight is None else self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

@@ -3,10 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.nn.linear import Linear
+from weft.nn.linear import Linear, affine
 from weft.nn.mixer import Side, Site, State, last_valid, register
 from weft.nn.step import Step
 from weft.spec import GRU as GRUSpec
@@ -35,7 +34,7 @@ class _Gated(nn.Module):
             nn.init.uniform_(parameter, -1 / math.sqrt(self.hidden), 1 / math.sqrt(self.hidden))
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        return {name: (self.hidden,) * self.gates for name in ("weight_ih", "weight_hh")}
+        return dict.fromkeys(("weight_ih", "weight_hh"), (self.hidden,) * self.gates)
 
     def state_spec(self) -> StateSpec:
         return self.spec.state(self.dim)
@@ -51,7 +50,7 @@ class _Gated(nn.Module):
         return (y if self.out is None else self.out(y)), Side(pending)
 
     def _loop(self, x: Tensor, step: Step, views: State | None) -> dict[str, Tensor]:
-        projected = F.linear(x, self.weight_ih, self.bias_ih)
+        projected = affine(x, self.weight_ih, self.bias_ih)
         names = list(self.spec.state(self.dim))
         if views is None:
             state = {name: projected.new_zeros(x.shape[0], self.hidden) for name in names}
@@ -90,7 +89,7 @@ class LSTM(_Gated):
             self.bias_hh[self.hidden : 2 * self.hidden].zero_()
 
     def _cell(self, projected: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        i, f, g, o = (projected + F.linear(state["h"], self.weight_hh, self.bias_hh)).chunk(4, -1)
+        i, f, g, o = (projected + affine(state["h"], self.weight_hh, self.bias_hh)).chunk(4, -1)
         c = f.sigmoid() * state["c"] + i.sigmoid() * g.tanh()
         return {"h": o.sigmoid() * c.tanh(), "c": c}
 
@@ -108,7 +107,7 @@ class GRU(_Gated):
 
     def _cell(self, projected: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         reset_x, update_x, new_x = projected.chunk(3, -1)
-        reset_h, update_h, new_h = F.linear(state["h"], self.weight_hh, self.bias_hh).chunk(3, -1)
+        reset_h, update_h, new_h = affine(state["h"], self.weight_hh, self.bias_hh).chunk(3, -1)
         update = (update_x + update_h).sigmoid()
         new = (new_x + (reset_x + reset_h).sigmoid() * new_h).tanh()
         return {"h": (1 - update) * new + update * state["h"]}

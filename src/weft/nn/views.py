@@ -7,6 +7,7 @@ serves every layout. Values are [B, K, *leaf shape]; positions are int64 [B, K],
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft.nn.step import Step
@@ -25,8 +26,8 @@ class View(Protocol):
 class _Slots:
     """Shared by dense and ring: a buffer [rows, *lead, capacity + 1, last] whose final slot collects padding.
 
-    The token axis stands before the last one, so that keys and values lie head by head and attention's batched products
-    read them in place.
+    The token axis stands before the last one, so that keys and values lie head by head and attention's batched products read
+    them in place. That needs the whole buffer, without a gap between rows: the final slot is read too, as one that is empty.
     """
 
     def __init__(self, buffer: Tensor, token_axis: int) -> None:
@@ -39,8 +40,7 @@ class _Slots:
         self.entries.index_put_((rows[:, None], index), new.to(self.entries.dtype))
 
     def _load(self, step: Step) -> Tensor:
-        entries = self.entries[:, : self.capacity]
-        return entries if step.rows is None else entries[step.rows]
+        return self.entries if step.rows is None else self.entries[step.rows]
 
 
 class Dense(_Slots):
@@ -50,7 +50,7 @@ class Dense(_Slots):
         self._store(new, step, step.positions)
 
     def read(self, step: Step) -> tuple[Tensor, Tensor]:
-        return self._load(step), step.once(("dense", self.capacity), lambda: _filled(step, self.capacity))
+        return self._load(step), step.once(("dense", self.capacity + 1), lambda: _filled(step, self.capacity + 1))
 
 
 class Ring(_Slots):
@@ -66,7 +66,7 @@ class Ring(_Slots):
         """The newest position congruent to each slot; negative means the slot was never written."""
         last = (step.start + step.n_new - 1)[:, None]
         slots = torch.arange(self.capacity, device=last.device)
-        return last - (last - slots) % self.capacity
+        return F.pad(last - (last - slots) % self.capacity, (0, 1), value=-1)
 
 
 class Paged:
