@@ -1,5 +1,6 @@
 """`weft train`: a recipe, with overrides, into a trained model."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,15 @@ def train(
                 super().on_start(card)
 
         card = run_recipe(read, restart, [Line()], report)
-    if json:
-        emit_json(card)
-    say(_closing(card, str(recipe)))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+        say(_closing(card))
+        if json:
+            emit_json(card)
     if card["status"] == "interrupted":
         raise typer.Exit(130)
 
 
-def _closing(card: dict[str, Any], recipe: str) -> str:
+def _closing(card: dict[str, Any]) -> str:
     """What came out, and what to do next."""
     run, out = card["run"], card["out"]
     if card["status"] == "interrupted":

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from weft.nn import Model
 
-CHUNK = 1024  # tokens whose logits are held at once
+LEAST_TOKENS = 256  # of a chunk: with fewer, adding up the head's gradient costs more than the logits save
+CPU_LOGITS, CPU_COMPILED_LOGITS, GPU_LOGITS = 1 << 20, 1 << 22, 1 << 27  # 4 MB lies in a cache; compiled chunks cost compile time
 
 
 class Head(NamedTuple):
@@ -62,17 +63,25 @@ def naive_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, mask: Tenso
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing = Smoothing(), chunk: int = CHUNK
+    hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing = Smoothing(), chunk: int | None = None
 ) -> Sums:
     """Sums over tokens of the cross-entropy of `softmax(head(hidden))` against `targets`.
 
     hidden [N, D]; targets [N] int64; mask [N], bool or weights, zero where a token does not count (its target may be anything in
-    range). Products run in autocast's dtype where it is on, sums over ids and tokens in float32 (float64 stays).
+    range); chunk tokens at a time (None: as many as suit the device). Products run in autocast's dtype where it is on, sums over ids
+    and tokens in float32 (float64 stays).
     """
+    chunk = chunk or _chunk(hidden.device.type, head.weight.shape[0])
     if torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
         loss, nll = _Chunked.apply(hidden, head.weight, head.bias, targets, mask, head.softcap, smoothing, chunk)
         return Sums(loss, nll)
     return _sweep(hidden, head, targets, mask, smoothing, chunk, None)
+
+
+def _chunk(device: str, vocab: int) -> int:
+    """Tokens at a time: as many as keep the logits where they are quick to reach."""
+    cpu = CPU_COMPILED_LOGITS if torch.compiler.is_compiling() else CPU_LOGITS
+    return max(LEAST_TOKENS, (cpu if device == "cpu" else GPU_LOGITS) // vocab)
 
 
 class _Gradients:
@@ -110,25 +119,43 @@ def _sweep(
             logits = F.linear(h, weight, bias).to(wide)
             if head.softcap is not None:
                 logits = head.softcap * torch.tanh(logits / head.softcap)
-            log_partition = logits.logsumexp(-1)
+            shares, log_partition = _softmax(logits)
             nll = log_partition - logits.gather(-1, target)[:, 0]
             losses = (1 - smoothing.label) * nll + smoothing.z * log_partition.square()
             if smoothing.label:
                 losses = losses + smoothing.label * (log_partition - logits.mean(-1))
             sums = sums + torch.stack([(losses * kept).sum(), (nll * kept).sum()])
             if gradients is not None:
-                gradients.add(start, h, weight, _dlogits(logits, log_partition, target, kept, head.softcap, smoothing))
+                dlogits = _dlogits(shares, kept * (1 + 2 * smoothing.z * log_partition), kept, target, smoothing.label)
+                if head.softcap is not None:
+                    dlogits = dlogits * (1 - (logits / head.softcap).square())
+                gradients.add(start, h, weight, dlogits)
     return Sums(sums[0], sums[1])
 
 
-def _dlogits(logits: Tensor, log_partition: Tensor, target: Tensor, kept: Tensor, softcap: float | None, smoothing: Smoothing) -> Tensor:
-    """Gradient [C, V] of the masked loss with respect to the products of the head, before the soft cap."""
-    grown = kept * (1 + 2 * smoothing.z * log_partition)
-    gradient = torch.exp(logits - log_partition[:, None]) * grown[:, None]
-    if smoothing.label:
-        gradient = gradient - (kept * (smoothing.label / logits.shape[-1]))[:, None]
-    gradient = gradient.scatter_add(-1, target, (kept * (smoothing.label - 1))[:, None])
-    return gradient if softcap is None else gradient * (1 - (logits / softcap).square())
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [C, V] and the log-partition function [C] of logits [C, V].
+
+    The partition function is read off the most probable id, whose share is at least 1 / V: one fused kernel and one look at the
+    largest logits, where `logsumexp` would write and read all of them twice more.
+    """
+    shares = logits.softmax(-1)
+    top = logits.max(-1, keepdim=True)
+    return shares, (top.values - shares.gather(-1, top.indices).log())[:, 0]
+
+
+def _dlogits(shares: Tensor, grown: Tensor, kept: Tensor, target: Tensor, label: float) -> Tensor:
+    """Gradient [C, V] of the masked loss with respect to logits, made out of the probabilities [C, V], which it overwrites.
+
+    grown [C] is the mask times 1 + 2 z log-partition: the z-loss only makes probabilities heavier.
+    """
+    gradient = shares.mul_(grown[:, None])
+    if label:
+        gradient.sub_((kept * (label / shares.shape[-1]))[:, None])
+    hit = (kept * (label - 1))[:, None]
+    if torch.compiler.is_compiling():  # fuses with the lines above, which a scatter would not
+        return gradient + torch.where(torch.arange(shares.shape[-1], device=shares.device) == target, hit, 0.0)
+    return gradient.scatter_add_(-1, target, hit)
 
 
 class _Chunked(torch.autograd.Function):

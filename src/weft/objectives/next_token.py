@@ -1,14 +1,14 @@
 """Next-token prediction: pretraining, and fine-tuning on completions where the batch's mask says so."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from weft.data.packing import PackedBatch
 from weft.nn import Step
-from weft.objectives.cross_entropy import CHUNK, Smoothing, head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import Smoothing, head_of, linear_cross_entropy
 from weft.objectives.settings import NextTokenSettings
 from weft.train.objective import POLICY, Models, Role, Term
 
@@ -21,12 +21,15 @@ class NextToken:
 
     roles: Mapping[str, Role] = {POLICY: Role(trained=True)}
 
-    def __init__(self, settings: NextTokenSettings | None = None, chunk: int = CHUNK) -> None:
+    def __init__(self, settings: NextTokenSettings | None = None, chunk: int | None = None) -> None:
         settings = settings or NextTokenSettings()
         self.smoothing, self.chunk = Smoothing(settings.label_smoothing, settings.z_loss), chunk
 
     def rollout(self, engine: Any, batch: PackedBatch) -> PackedBatch:
         return batch
+
+    def minibatches(self, batch: PackedBatch) -> Sequence[PackedBatch]:
+        return (batch,)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
         return {"next_token": batch.num_targets}

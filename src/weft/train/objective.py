@@ -1,6 +1,6 @@
 """What a trainer minimises. Pretraining, fine-tuning, DPO, PPO and distillation are objectives; none of them is a trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -64,6 +64,10 @@ class Objective(Protocol[B]):
 
     def rollout(self, engine: Any, batch: B) -> B:
         """What is generated before the loss (PPO, GRPO, on-policy distillation); offline objectives return the batch itself."""
+        ...
+
+    def minibatches(self, batch: B) -> Sequence[B]:
+        """The updates made from one batch, in order, as many on every process: the batch itself, or a rollout's inner epochs (PPO)."""
         ...
 
     def counts(self, batch: B) -> dict[str, int]: ...

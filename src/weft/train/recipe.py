@@ -61,8 +61,6 @@ class Recipe(Spec):
             raise ValueError("neither steps nor minutes is given, so the run would have no end; give one of the two.")
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"steps is {self.steps} and minutes {self.minutes:g}; a run has one length: drop one of the two.")
-        if self.steps is not None and self.optim.warmup is not None and self.optim.warmup > self.steps:
-            raise ValueError(f"optim.warmup is {self.optim.warmup} but steps {self.steps}; the warm-up must end within the run.")
         if self.batch.micro is not None and self.batch.micro > self.batch.rows:
             raise ValueError(f"batch.micro is {self.batch.micro} but batch.rows {self.batch.rows}; a micro-batch is a part of the batch.")
         if self.pretrained and isinstance(self.model, dict):

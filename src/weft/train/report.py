@@ -51,11 +51,12 @@ class Report:
         if self.job.folder is not None:
             self.job.folder.write_card(self.card(state, "running"))
 
-    def earlier_card(self) -> Card:
-        """The card of a run that was over before; without its pace where it was killed before the card was written."""
+    def earlier_card(self, state: TrainState, status: str) -> Card:
+        """The card of a run that was over before; written now, without its pace, where a kill came between its end and its card."""
         path = self.job.out / "run.json"
-        card: Card = json.loads(path.read_text(encoding="utf-8"))
-        return card
+        if json.loads(path.read_text(encoding="utf-8")).get("status") != status:
+            return self.finish(state, status)
+        return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "format"}
 
     def check_resumable(self, state: TrainState) -> None:
         """Raise UserError where the settings or the data differ from those the run began with."""

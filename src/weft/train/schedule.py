@@ -19,8 +19,8 @@ class Schedule:
     wsd       constant, then straight towards `final` over the last `decay` share of the steps (Hu et al. 2024, MiniCPM).
     constant  1 throughout.
 
-    warmup    steps over which the rate rises from 1/warmup; None is a tenth of the steps, at most 100, and 20 while the number of
-              steps is not known yet.
+    warmup    steps over which the rate rises from 1/warmup, cut to the length of the run; None is a tenth of the steps, at most 100,
+              and 20 while the number of steps is not known yet.
     """
 
     shape: Shape = "cosine"

@@ -16,7 +16,7 @@ from weft.train.feed import Feed
 from weft.train.history import History, MetricsFile, Row, check_finite
 from weft.train.interrupt import Interrupt
 from weft.train.job import Job
-from weft.train.objective import POLICY
+from weft.train.objective import POLICY, Batch
 from weft.train.optim import Optimizer, clip_gradients
 from weft.train.report import Report
 from weft.train.rng import capture_rng, restore_rng, seed_rng
@@ -69,8 +69,9 @@ class Trainer:
         before = capture_rng()
         try:
             with self.interrupt:
-                if self._begin():
-                    return self.report.earlier_card()
+                over = self._begin()
+                if over is not None:
+                    return self.report.earlier_card(self.state, over)
                 while self.state.finished is None and not self._train(feed):
                     pass
             return self._end()
@@ -80,10 +81,10 @@ class Trainer:
 
     # The beginning and the end.
 
-    def _begin(self) -> bool:
+    def _begin(self) -> str | None:
         """Resume, or rehearse: a save, and where there is held-out data an evaluation, before the first step is paid for.
 
-        True where the run is over already.
+        Returns why the run was over already, or None.
         """
         seed_rng(self.job.seed + self.world.rank)
         self.world.wait()
@@ -91,7 +92,7 @@ class Trainer:
         if resumed:
             self._resume(SavedRun(self.job.out / "last"))
             if self.state.finished is not None:
-                return True
+                return self.state.finished
         else:
             self.state.total = self.job.length.steps
             self.state.essentials, self.state.data = dict(self.job.essentials), self.job.batches.describe()
@@ -104,7 +105,7 @@ class Trainer:
         if self.state.step == 0:
             self._evaluate()
         self.stopwatch.start()
-        return False
+        return None
 
     def _resume(self, saved: SavedRun) -> None:
         self.report.check_resumable(saved.state)
@@ -125,10 +126,20 @@ class Trainer:
     # One step, and what is due after it.
 
     def _train(self, feed: Feed) -> bool:
-        """One optimiser step and whatever is due after it; True when the run has to stop here."""
+        """One batch: its update, or the updates of an inner loop, and whatever is due after it; True when the run has to stop here."""
         state, started = self.state, time.perf_counter()
         batch = self.job.objective.rollout(self.job.engine, feed.take(state.step))
-        flags = (self.interrupt.wanted, self._is_time_to_log(), self._is_time_to_save())
+        flags = [self.interrupt.wanted, self._is_time_to_log(), self._is_time_to_save()]
+        for minibatch in self.job.objective.minibatches(batch):
+            flags = self._update(minibatch, flags)
+        state.step += 1
+        if state.total is None:
+            synchronize(self.device)
+        return self._after_step(time.perf_counter() - started, *flags)
+
+    def _update(self, batch: Batch, flags: Sequence[bool]) -> list[bool]:
+        """One optimiser step; returns the flags that any process raised."""
+        state = self.state
         window, raised = open_window(self.job.objective, batch, self.job.micro, self.device, self.world, flags)
         sums = run_window(window, self.compute, self.parameters, self.world)
         row: Row = {"step": state.step + 1, "targets": next(iter(window.counts.values()))}
@@ -139,10 +150,7 @@ class Trainer:
             row |= {"lr" if role == POLICY else f"{role}_lr": optimizer.settings.lr * factor}
             optimizer.step(factor)
         self.history.note(row, window.counts, sums, norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt())
-        state.step += 1
-        if state.total is None:
-            synchronize(self.device)
-        return self._after_step(time.perf_counter() - started, *raised)
+        return raised
 
     def _after_step(self, seconds: float, stop: bool, log: bool, save: bool) -> bool:
         """Everything that happens between two steps. What all processes do together, all were told to do."""

@@ -39,6 +39,16 @@ def test_chunked_loss_and_gradients_equal_the_naive_ones(chunk, smoothing, softc
         assert (plain[3] - chunked[3]).abs().max() > 1e-4
 
 
+def test_logits_far_from_zero_lose_nothing():
+    hidden, weight = torch.randn(9, 4, dtype=torch.float64) * 300, torch.randn(11, 4, dtype=torch.float64) * 300
+    targets, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
+    naive, chunked = (
+        compute(hidden, Head(weight), targets, mask, Smoothing(0.1, 1e-9)) for compute in (naive_cross_entropy, linear_cross_entropy)
+    )
+    assert torch.isfinite(chunked.loss)
+    torch.testing.assert_close(chunked.loss, naive.loss, rtol=1e-12, atol=0)
+
+
 def test_the_mask_decides_what_counts():
     _, _, hidden, *_ = _run(linear_cross_entropy, chunk=10)
     generator = torch.Generator().manual_seed(0)

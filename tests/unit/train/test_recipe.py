@@ -56,7 +56,6 @@ def test_one_length_takes_the_place_of_the_other():
         (["steps=null"], "neither steps nor minutes"),
         (["out=null"], "no out is given"),
         (["data="], "no data is given"),
-        (["optim.warmup=11"], "optim.warmup is 11 but steps 10"),
         (["batch.micro=17"], "batch.micro is 17 but batch.rows 16"),
         (["optim.matrix_lr=0.1"], "matrix_lr is 0.1 but name is adamw"),
         (["model.vocab=5"], "model.vocab cannot be set: model is 'gpt2'"),

@@ -11,12 +11,14 @@ import train_cases as cases
 from weft.data.batches import Batches
 from weft.data.windows import cut
 from weft.errors import UserError
+from weft.objectives.next_token import NextToken
 from weft.train.budget import SETTLE, TIMED, Budget
 from weft.train.callbacks import Callback
 from weft.train.checkpoint import SavedRun
 from weft.train.history import read_metrics
 from weft.train.job import Compute, Length
-from weft.train.objective import POLICY
+from weft.train.objective import POLICY, Role, Term
+from weft.train.optim import Optimizer, clip_gradients
 from weft.train.rng import capture_rng
 from weft.train.settings import EvalSettings, LogSettings, OptimSettings, SaveSettings
 from weft.train.trainer import Trainer
@@ -128,6 +130,62 @@ def test_what_a_run_tells_and_leaves(tmp_path):
     assert "| data | 100.0% |" in page
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert witness.paces[-1].seconds_left == 0
+
+
+def test_an_objective_may_make_several_updates_of_one_batch(tmp_path):
+    class Halves(NextToken):
+        def minibatches(self, batch):
+            return batch.rows(0, 3), batch.rows(3, 7)
+
+    inner = {"steps": 2, "optim": OptimSettings(warmup=0, schedule="constant"), "evaluation": EvalSettings(every=9)}
+    model, by_hand = cases.model_of(), cases.model_of()
+    _run(_job(tmp_path / "run", models={POLICY: model}, objective=Halves(), **inner))
+    optimizer = Optimizer(by_hand, inner["optim"])
+    for step in range(2):
+        for part in Halves().minibatches(cases.batches_of().batch(step)):
+            terms, _ = NextToken().loss({POLICY: by_hand}, part)
+            (terms["next_token"].sum / terms["next_token"].count).backward()
+            clip_gradients(optimizer)
+            optimizer.step(1.0)
+    for found, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in row] == [1, 1, 2, 2]
+
+
+def test_two_trained_models_have_an_optimiser_each(tmp_path):
+    """What a critic needs: its own settings, its own state, both in one checkpoint."""
+
+    class WithCritic(NextToken):
+        roles = {POLICY: Role(trained=True), "critic": Role(trained=True), "reference": Role(trained=False)}  # noqa: RUF012
+
+        def counts(self, batch):
+            return {**super().counts(batch), "value": batch.num_rows}
+
+        def loss(self, models, batch):
+            terms, metrics = super().loss(models, batch)
+            distance = (models["critic"](batch.tokens).hidden - models["reference"](batch.tokens).hidden.detach()).square()
+            return {**terms, "value": Term(distance.mean((1, 2)).sum(), batch.num_rows, 0.5)}, metrics
+
+    def job(out, steps):
+        models = {POLICY: cases.model_of(seed=1), "critic": cases.model_of(seed=2), "reference": cases.model_of(seed=3)}
+        critic = {"critic": OptimSettings(name="muon", lr=0.02)}
+        return _job(out, steps=steps, models=models, objective=WithCritic(), optims=critic, save=SaveSettings(every=2, minutes=None))
+
+    straight, crashed = job(tmp_path / "straight", 6), job(tmp_path / "crashed", 6)
+    _run(straight)
+    with pytest.raises(Stop):
+        _run(crashed, CrashAfter(3))
+    again = job(tmp_path / "crashed", 6)
+    _run(again)
+    rows = [row for row in read_metrics(tmp_path / "straight/metrics.jsonl") if "loss" in row]
+    assert rows[-1]["value"] < 0.8 * rows[0]["value"]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["next_token"] + 0.5 * rows[0]["value"])
+    assert rows[-1]["critic_lr"] == pytest.approx(20 * rows[-1]["lr"])
+    for role in (POLICY, "critic"):
+        for found, expected in zip(again.models[role].parameters(), straight.models[role].parameters(), strict=True):
+            assert torch.equal(found, expected)
+    assert torch.equal(straight.models["reference"].embed.weight, cases.model_of(seed=3).embed.weight)
+    assert not torch.equal(straight.models["critic"].embed.weight, cases.model_of(seed=2).embed.weight)
 
 
 def test_watchers_cannot_steer(tmp_path):
