@@ -21,6 +21,7 @@ from weft.train.plan import Plan, make_plan
 from weft.train.recipe import Recipe
 from weft.train.run_folder import RunFolder, check_out
 from weft.train.trainer import Trainer
+from weft.train.window import check_compiler
 from weft.weights.load import load_weights
 
 
@@ -63,6 +64,8 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
     if recipe.deterministic and (device.type != "cpu" or recipe.compile):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    if recipe.compile:
+        check_compiler(device)
     out = Path(recipe.out)
     if not world.leads:
         world.wait()

@@ -1,16 +1,17 @@
 """Ctrl-C as a wish: the step is finished and saved before the run stops."""
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 
 class Interrupt:
-    """A context in which SIGINT and SIGTERM set `wanted`; a second one ends the process as it always does."""
+    """A context in which SIGINT and SIGTERM set `wanted` and say so; a second one ends the process as it always does."""
 
-    def __init__(self) -> None:
-        self.wanted = False
+    def __init__(self, quiet: bool = False) -> None:
+        self.wanted, self.quiet = False, quiet
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -25,6 +26,8 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         self._put_back()
+        if not self.quiet:
+            print("\nweft: finishing this step and saving; once more stops at once.", file=sys.stderr, flush=True)
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Trainer:
         self.history = History(self.world)
         self.state = TrainState()
         self.report = Report(job)
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(quiet=not self.world.leads)
         self._metrics: MetricsFile | None = None
         self.stopwatch = Stopwatch()
         self._sitting = 0  # steps since this process began
@@ -166,7 +167,7 @@ class Trainer:
             self._evaluate()
         if state.finished or fixed or save or (job.save.every is not None and state.step % job.save.every == 0 and state.total is not None):
             self._save()
-        return stop
+        return stop or (self.world.size == 1 and self.interrupt.wanted)
 
     def _fix_length(self, seconds: float) -> bool:
         """Turn a time budget into steps when enough have been timed. Until then nothing is saved but the beginning: a run that is
@@ -217,9 +218,7 @@ class Trainer:
         self.report.valid = measured
         if state.best is None or measured["loss"] < state.best:
             state.best, state.best_step, state.stale = measured["loss"], state.step, 0
-            if self.job.folder is not None:
-                save_weights(self.job.folder.best, self.job.policy, self.job.tokenizer, self.job.family, row)
-                self._tell("on_save", state.step, self.job.folder.best)
+            self._save_best(row)
         else:
             state.stale += 1
         if settings.patience is not None and state.stale >= settings.patience and state.finished is None:
@@ -235,12 +234,31 @@ class Trainer:
         if self.job.folder is not None and self._metrics is not None:
             self.state.metrics_length = self._metrics.length
             job = self.job
-            save_checkpoint(self.job.folder.last, job.trained, self.optimizers, self.state, rng, job.tokenizer, job.family)
+            with self._writing():
+                save_checkpoint(self.job.folder.last, job.trained, self.optimizers, self.state, rng, job.tokenizer, job.family)
             self.report.saved_step = self.state.step
             self._tell("on_save", self.state.step, self.job.folder.last)
         self.world.wait()
         self._saved_at = time.perf_counter()
         self.stopwatch.start()
+
+    def _save_best(self, facts: Row) -> None:
+        folder = self.job.folder
+        if folder is not None:
+            with self._writing():
+                save_weights(folder.best, self.job.policy, self.job.tokenizer, self.job.family, facts)
+            self._tell("on_save", self.state.step, folder.best)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full or failing disk is a sentence; what was saved before is untouched."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.job.out} cannot be written after step {self.state.step} ({error.strerror}). {self.report.what_is_kept()} "
+                "Make room and run the same command to go on."
+            ) from None
 
     def _is_time_to_log(self) -> bool:
         return self.world.leads and self.job.log.every is None and time.perf_counter() - self._logged_at > LOG_SECONDS

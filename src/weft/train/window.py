@@ -70,6 +70,15 @@ def loss_function(objective: Objective[Any], models: Models, dtype: torch.dtype,
     return torch.compile(compute, dynamic=False) if compiled else compute
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile does not work: on a CPU it needs a C++ compiler and Python's headers. Found out by trying."""
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever is missing or broken
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"compile is true, but torch.compile does not work here ({reason}); set compile to false.") from None
+
+
 def _detached(terms: Terms) -> Terms:
     return {name: Term(term.sum.detach(), term.count, term.weight) for name, term in terms.items()}
 

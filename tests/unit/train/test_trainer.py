@@ -22,6 +22,7 @@ from weft.train.optim import Optimizer, clip_gradients
 from weft.train.rng import capture_rng
 from weft.train.settings import EvalSettings, LogSettings, OptimSettings, SaveSettings
 from weft.train.trainer import Trainer
+from weft.train.window import check_compiler
 from weft.weights.load import load_model
 
 
@@ -240,7 +241,7 @@ def test_an_interrupted_run_saves_the_step_it_was_at_and_goes_on(tmp_path):
     card = trainer.run()
     job.folder.release()
     assert card["status"] == "interrupted"
-    assert card["run"]["steps_done"] == SavedRun(tmp_path / "run/last").state.step == 4
+    assert card["run"]["steps_done"] == SavedRun(tmp_path / "run/last").state.step == 3
     assert _run(_job(tmp_path / "run", save=SaveSettings(minutes=None)))["status"] == "finished"
     _run(_job(tmp_path / "straight"))
     assert read_metrics(tmp_path / "run/metrics.jsonl") == read_metrics(tmp_path / "straight/metrics.jsonl")
@@ -258,6 +259,31 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_step(tmp
         _run(_job(tmp_path / "run", models={POLICY: model}), Poison())
     assert all(torch.isfinite(weight).all() for weight in _weights(tmp_path / "run" / "last").values())
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_is_full_is_a_sentence(tmp_path, monkeypatch):
+    job = _job(tmp_path / "run")
+
+    class FullAfter(Callback):
+        def on_save(self, step, folder) -> None:
+            if step == 2:
+                monkeypatch.setattr("weft.train.checkpoint.write_safetensors", full)
+
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot be written after step 4 \(No space left on device\). The weights of step 2 are kept"):
+        _run(job, FullAfter())
+    assert SavedRun(tmp_path / "run/last").state.step == 2
+
+
+def test_a_missing_compiler_is_a_sentence(monkeypatch):
+    def broken(*arguments, **more):
+        raise RuntimeError("No working C++ compiler found\nlong story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"does not work here \(No working C\+\+ compiler found\); set compile to false"):
+        check_compiler(torch.device("cpu"))
 
 
 def test_other_settings_or_other_data_are_not_resumed(tmp_path):
