@@ -140,6 +140,11 @@ def test_a_wrong_copy_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         for name, tensor in real(tensors, rules):
             yield name, tensor.half().float() if name == "output.weight" else tensor
 
+    real_metadata = export_module.llama_gguf.to_gguf
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module.llama_gguf, "to_gguf", lambda spec: {**real_metadata(spec), "llama.rope.freq_base": 10001.0})
+        with pytest.raises(UserError, match="another model"):
+            export(tmp_path / "a", "gguf", tmp_path / "b.gguf", "f32")
     for broken in (plain_rows, swapped, rounded):
         monkeypatch.setattr(export_module, "stored_tensors", broken)
         with pytest.raises(UserError, match="the copy was not kept"):

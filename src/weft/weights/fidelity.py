@@ -14,13 +14,14 @@ from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.weights.gguf import read_gguf
 from weft.weights.llama_cpp_check import logits_by_llama_cpp
 from weft.weights.load import load_weights, open_checkpoint
+from weft.zoo.family import canonical
 
 # How far a rounded copy may be from the original: relative error of each tensor's sampled numbers (root mean square), and mean KL
 # divergence of the next-token distributions in nats. Roundings stay a few times below; a wrong layout is far above.
 _TENSOR_LIMIT = {"f32": 0.0, "f16": 1e-3, "bf16": 5e-3, "q8_0": 3e-2}
 _KL_LIMIT = {"f32": 1e-9, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
-# llama.cpp keeps keys and values in 16 bits and multiplies Q8_0 in integers; a file it misreads is whole nats away.
-_LLAMA_CPP_LIMIT = 0.3
+# llama.cpp keeps keys and values in 16 bits and multiplies Q8_0 in integers.
+_LLAMA_CPP_LIMIT = {"f32": 1e-2, "f16": 2e-2, "bf16": 5e-2, "q8_0": 2e-1}
 _SAMPLES = 4096
 
 PROBES = (
@@ -82,7 +83,10 @@ class Original:
 
     def compare(self, path: Path, dtype: torch.dtype, tokenizer: Tokenizer | None) -> "Distance":
         """Load the copy and measure its distance; raises UserError where it is another model."""
-        copy = load_weights(open_checkpoint(path), dtype=dtype)
+        checkpoint = open_checkpoint(path)
+        if canonical(checkpoint.spec) != canonical(self.spec):
+            raise UserError("the copy was not kept: its description reads back as another model; export it in the other format.")
+        copy = load_weights(checkpoint, dtype=dtype)
         tensor_limit, kl_limit = (0.0, 1e-9) if self.exact else (_TENSOR_LIMIT[self.kind], _KL_LIMIT[self.kind])
         for name, given in _samples(copy).items():
             error = float((given - self.samples[name]).norm() / self.samples[name].norm().clamp(min=1e-12))
@@ -107,7 +111,7 @@ class Original:
         if given is None:
             return None
         kl = _divergence(self.logits[0], given)
-        if not kl <= _LLAMA_CPP_LIMIT:
+        if not kl <= _LLAMA_CPP_LIMIT[self.kind]:
             raise UserError(
                 f"the copy was not kept: llama.cpp predicts otherwise from it, by {kl:.2g} nats a token; export with --to hf instead."
             )
