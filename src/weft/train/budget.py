@@ -8,6 +8,8 @@ from weft.errors import UserError
 SETTLE = 3  # first steps that are not timed: compilation, caches, memory
 TIMED = 7  # steps that are timed, fewer where they would take more than `PATIENCE` of the budget
 PATIENCE = 0.05
+EVALUATIONS = 10  # of a run that does not say how many
+EVALUATING = 0.1  # the most of a time budget that they may take
 
 
 class Budget:
@@ -33,10 +35,21 @@ class Budget:
     def step_seconds(self) -> float:
         return median(self._times[SETTLE:])
 
-    def fix(self, evaluation: float = 0.0, evaluations: int = 0) -> int:
-        """Steps that fit, at least as many as were observed.
+    def fix(self, evaluation: float = 0.0, every: int | None = None) -> tuple[int, int]:
+        """The number of steps that fit, at least as many as were observed, and the steps between two evaluations.
 
-        evaluation    seconds of one evaluation.     evaluations   how many the run will have.
+        evaluation  seconds that one evaluation takes; the budget pays for them.
+        every       steps between two; None has ten, or as few as take no more than `EVALUATING` of the budget.
         """
-        left = max(self.seconds - evaluation * evaluations, 0.0)
-        return max(len(self._times), math.floor(left / self.step_seconds))
+        least = len(self._times)
+        if every is not None:
+            return max(least, math.floor(self.seconds / (self.step_seconds + evaluation / every))), every
+        affordable = EVALUATING * self.seconds / evaluation if evaluation else EVALUATIONS
+        evaluations = int(min(EVALUATIONS, max(1, affordable)))
+        total = max(least, math.floor((self.seconds - evaluations * evaluation) / self.step_seconds))
+        return total, evaluate_every(total, evaluations)
+
+
+def evaluate_every(total: int, evaluations: int = EVALUATIONS) -> int:
+    """Steps between two evaluations of a run of `total` steps that has so many of them."""
+    return max(1, -(-total // evaluations))

@@ -37,7 +37,7 @@ class TrainState:
 
     step            optimiser steps done; also the data cursor.
     total           steps of the whole run; None while a time budget has not been turned into steps.
-    probe           steps that were run before it was.
+    probe           steps that were run before it was.    evaluate_every  steps between evaluations, None as long.
     targets         scored tokens so far.              seconds  of training so far, over all sittings.
     best            lowest held-out loss, and the step it was measured at.    stale  evaluations since.
     metrics_length  bytes of metrics.jsonl that belong to this state.
@@ -49,6 +49,7 @@ class TrainState:
     step: int = 0
     total: int | None = None
     probe: int = 0
+    evaluate_every: int | None = None
     targets: float = 0.0
     seconds: float = 0.0
     best: float | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from weft.errors import UserError
-from weft.train.budget import SETTLE, Budget
+from weft.train.budget import SETTLE, Budget, evaluate_every
 from weft.train.callbacks import Callback
 from weft.train.checkpoint import SavedRun, TrainState, save_checkpoint, save_weights
 from weft.train.evaluate import evaluate
@@ -95,7 +95,9 @@ class Trainer:
             if self.state.finished is not None:
                 return self.state.finished
         else:
-            self.state.total = self.job.length.steps
+            self.state.total = steps = self.job.length.steps
+            if steps is not None:
+                self.state.evaluate_every = self.job.evaluation.every or evaluate_every(steps)
             self.state.essentials, self.state.data = dict(self.job.essentials), self.job.batches.describe()
         if self.job.folder is not None:
             self._metrics = MetricsFile(self.job.folder.metrics, self.state.metrics_length)
@@ -162,8 +164,7 @@ class Trainer:
             self._log()
         if state.step == state.total:
             state.finished = "finished"
-        every = job.evaluation.every or max(1, -(-(state.total or 0) // 10))
-        if state.finished or (state.total is not None and state.step % every == 0):
+        if state.finished or (state.evaluate_every is not None and state.step % state.evaluate_every == 0):
             self._evaluate()
         if state.finished or fixed or save or (job.save.every is not None and state.step % job.save.every == 0 and state.total is not None):
             self._save()
@@ -175,11 +176,8 @@ class Trainer:
         state = self.state
         if self.budget is None or state.total is not None or not self.world.lead(float(self.budget.observe(seconds))):
             return False
-        evaluations = 10 if self.job.evaluation.every is None else 0
-        total = self.budget.fix(self._evaluation_seconds, evaluations)
-        if self.job.evaluation.every is not None:
-            total = self.budget.fix(self._evaluation_seconds, total // self.job.evaluation.every + 1)
-        state.total, state.probe = int(self.world.lead(total)), state.step
+        total, every = self.budget.fix(self._evaluation_seconds, self.job.evaluation.every)
+        state.total, state.evaluate_every, state.probe = int(self.world.lead(total)), int(self.world.lead(every)), state.step
         return True
 
     def _log(self) -> None:

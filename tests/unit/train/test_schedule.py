@@ -45,11 +45,10 @@ def test_a_budget_becomes_steps_once_enough_are_timed_and_the_first_ones_do_not_
     budget = Budget(1.0)
     answers = [budget.observe(30.0 if step < SETTLE else 0.1) for step in range(SETTLE + TIMED)]
     assert answers == [False] * (SETTLE + TIMED - 1) + [True]
-    assert budget.fix() == 600
-    assert budget.fix(evaluation=1.5, evaluations=10) == 450
+    assert budget.fix() == (600, 60)
     slow = Budget(1.0)
     assert [slow.observe(seconds) for seconds in (9, 9, 9, 8.0, 8.0)][-1], "slow steps are not timed for long"
-    assert slow.fix() == 7
+    assert slow.fix() == (7, 1)
     assert math.isclose(slow.step_seconds, 8.0)
 
 
@@ -57,7 +56,18 @@ def test_a_budget_is_never_less_than_what_was_run():
     budget = Budget(0.001)
     while not budget.observe(1.0):
         pass
-    assert budget.fix() == SETTLE + 2
+    assert budget.fix()[0] == SETTLE + 2
+
+
+def test_evaluations_are_paid_for_by_the_budget_and_take_no_more_than_a_tenth_of_it():
+    budget = Budget(1.0)
+    while not budget.observe(0.1):
+        pass
+    assert budget.fix(evaluation=0.3) == (570, 57)
+    assert budget.fix(evaluation=3.0) == (540, 270), "two are all that a tenth pays for"
+    assert budget.fix(evaluation=20.0) == (400, 400), "one there is, whatever it takes"
+    assert budget.fix(evaluation=5.0, every=50) == (300, 50)
+    assert budget.fix(evaluation=90.0) == (SETTLE + TIMED, SETTLE + TIMED)
 
 
 def test_a_negative_budget_is_refused():

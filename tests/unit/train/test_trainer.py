@@ -298,7 +298,7 @@ def test_other_settings_or_other_data_are_not_resumed(tmp_path):
 
 def test_a_time_budget_becomes_steps_and_is_the_run_of_so_many_steps(tmp_path, monkeypatch):
     steps = 20
-    monkeypatch.setattr(Budget, "fix", lambda self, evaluation=0.0, evaluations=0: steps)
+    monkeypatch.setattr(Budget, "fix", lambda self, evaluation, every: (steps, every))
     warm = {"optim": OptimSettings(warmup=10), "save": SaveSettings(minutes=None), "evaluation": EvalSettings(every=5)}
     card = _run(_job(tmp_path / "timed", length=Length(minutes=0.02), **warm))
     assert card["run"]["steps"] == card["run"]["steps_done"] == steps
