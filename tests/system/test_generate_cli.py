@@ -8,6 +8,7 @@ import sys
 import pytest
 from generation_cases import Weft, make_model
 
+from weft.cli.main import load
 from weft.engine import Engine, Request, SamplingParams
 from weft.tokenizer import load_tokenizer
 from weft.weights.load import load_model
@@ -140,3 +141,12 @@ def test_the_command_itself_runs(model):
     done = subprocess.run(command, input="the quick", capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout.splitlines()[-1])["ids"]) == 3
+
+
+def test_the_flags_are_what_scripts_rely_on():
+    sampling = "--temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --seed --stop"
+    shared = f"{sampling} --max-tokens --device --dtype --json --help".split()
+    generate = "--prompt -p --n --beams --length-penalty --logprobs --top-logprobs --no-stream".split()
+    for verb, own in (("generate", generate), ("chat", ["--system"])):
+        flags = {flag for parameter in load(verb).params for flag in parameter.opts if flag.startswith("-")}
+        assert flags | {"--help"} == {*shared, *own}

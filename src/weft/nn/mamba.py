@@ -57,7 +57,7 @@ class Mamba(nn.Module):
         c = F.silu(self.conv(taps, step))
         low, b, read = self.x_proj(c).split([self.rank, self.spec.state_dim, self.spec.state_dim], -1)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        dt = _softplus(self.dt_proj(low).to(wide))
+        dt = self._step_sizes(self.dt_proj(low).to(wide), views is None)
         inputs = {"dt": dt, "c": c.to(wide), "b": b.to(wide), "fresh": step.positions == 0}
         before = dt.new_zeros(x.shape[0], self.inner, self.spec.state_dim) if views is None else views["h"].to(wide)
         h = self._states(inputs, before)
@@ -81,6 +81,11 @@ class Mamba(nn.Module):
         tail = accepted[:, None] + torch.arange(self.spec.conv - 1, device=accepted.device)
         return {"h": h[:, -1], "conv": pending["taps"][rows[:, None], tail]}
 
+    def _step_sizes(self, x: Tensor, parallel: bool) -> Tensor:
+        """softplus. Torch's own rounds the end of a tensor otherwise than the rest; the operations here give a value the same bits wherever
+        it lies, but have the wrong gradient at 0."""
+        return F.softplus(x) if parallel else x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
     def _read(self, h: Tensor, read: Tensor, parallel: bool) -> Tensor:
         """C_t h_t, [B, T, inner]. Training saves memory with a batched product, whose sums differ in the last bit with the batch."""
         return torch.einsum("btin,btn->bti", h, read) if parallel else (h * read[:, :, None]).sum(-1)
@@ -95,11 +100,6 @@ class Mamba(nn.Module):
             live = live[..., None, None]
             decay, drive = decay.masked_fill(~live, 1.0), drive.masked_fill(~live, 0.0)
         return linear_scan(decay, drive, before)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), from operations whose bits do not depend on where an element lies; torch's own rounds the end of a tensor otherwise."""
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
 
 
 class _Taps(nn.Module):

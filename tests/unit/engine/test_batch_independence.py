@@ -130,9 +130,10 @@ def wide_model(dtype):
     return build(model_spec(spec), dtype=dtype, seed=0).eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gqa", "window", "lstm", "gru", "mamba", "mamba_short", "hybrid", "sinusoidal", "wide"])
-def test_bfloat16_logits_have_the_same_bits_in_any_company(name):
-    model = wide_model(torch.bfloat16) if name == "wide" else model_of(name, torch.bfloat16)
+def test_16_bit_logits_have_the_same_bits_in_any_company(name, dtype):
+    model = wide_model(dtype) if name == "wide" else model_of(name, dtype)
     texts = [random_ids(length, length) for length in (13, 1, 2, 7, 20, 5, 3, 16, 9)]
     with torch.inference_mode():
         solo = [logits_of(model, [text], 1, len(text), 127) for text in texts]

@@ -126,7 +126,7 @@ def test_equal_to_transformers():
     )
     theirs = transformers.LlamaForCausalLM(config).double().eval()
     copy_weights(llama(), theirs)
-    for seed, width, length_penalty in itertools.product((1, 2, 3), (2, 5), (0.0, 1.0, 2.0)):
+    for seed, width, length_penalty in itertools.product((1, 2), (2, 5), (0.0, 1.0, 2.0)):
         prompt = random_ids(8, seed, 97)
         with torch.no_grad():
             out = theirs.generate(
