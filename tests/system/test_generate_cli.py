@@ -146,7 +146,7 @@ def test_the_command_itself_runs(model):
 def test_the_flags_are_what_scripts_rely_on():
     sampling = "--temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --seed --stop"
     shared = f"{sampling} --max-tokens --device --dtype --json --help".split()
-    generate = "--prompt -p --n --beams --length-penalty --logprobs --top-logprobs --no-stream".split()
+    generate = ["--prompt", "-p", "--n", "--beams", "--length-penalty", "--logprobs", "--top-logprobs", "--no-stream"]
     for verb, own in (("generate", generate), ("chat", ["--system"])):
         flags = {flag for parameter in load(verb).params for flag in parameter.opts if flag.startswith("-")}
         assert flags | {"--help"} == {*shared, *own}
