@@ -38,14 +38,14 @@ def wilson(successes: int, trials: int, z: float = Z) -> tuple[float, float]:
 
 
 def take_body(text: str) -> tuple[str, bool]:
-    """What of a continuation belongs to the function: the lines up to the first one at the left margin. And whether there is one.
+    """What of a continuation belongs to the function: everything before the first line at the left margin. And whether there is one.
 
-    A model that goes on to the next function is so judged by the one that was asked for. A continuation that begins at the left margin
-    has no body.
+    A model that goes on to the next function is so judged by the one that was asked for. What comes before the first line end carries on
+    the prompt's last line.
     """
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
-        if line.strip() and not line[0].isspace():
+        if number and line.strip() and not line[0].isspace():
             return "".join(lines[:number]), True
     return text, False
 

@@ -18,8 +18,10 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 class Pair:
     """One function cut in two.
 
-    origin  "path:line" of its `def`.        prompt  signature and docstring, each line ended.
-    body    the statements after the docstring, each line ended.
+    origin  "path:line" of its `def`.
+    prompt  signature and docstring, without the last line's end: a tokenizer joins a line's end to the indentation after it, so a prompt
+            that ended in one would say to a model that no indentation follows.
+    body    the statements after the docstring, from that line end on.
     """
 
     origin: str
@@ -62,7 +64,7 @@ def _cut(node: Function, lines: list[str], path: str) -> Pair | None:
         return None
     moved = [line.removeprefix(margin) for line in source]
     cut = docstring.end_lineno - node.lineno + 1
-    prompt, body = "\n".join(moved[:cut]) + "\n", "\n".join(moved[cut:]).strip("\n") + "\n"
+    prompt, body = "\n".join(moved[:cut]), "\n" + "\n".join(moved[cut:]).strip("\n") + "\n"
     tree = parse_python(prompt + body)
     if tree is None or len(tree.body) != 1 or _shape(tree.body[0]) != _shape(node):
         return None

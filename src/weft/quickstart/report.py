@@ -90,8 +90,9 @@ def draw_report(report: Facts, curve: dict[str, list[list[float]]]) -> bytes:
 def title_of(report: Facts) -> str:
     """What the picture shows, in one line."""
     name, parameters = report["corpus"]["name"], report["model"]["parameters"] / 1e6
-    where = f"{report['threads']} CPU threads" if report["device"] == "cpu" else report["device"]
-    return f"{name[0].upper() + name[1:]}: {parameters:.1f} M parameters, {clock(report['seconds']['training'])} of training on {where}"
+    threads = report["threads"]
+    where = f"{threads} CPU thread{'s' * (threads != 1)}" if report["device"] == "cpu" else report["device"]
+    return f"{name[0].upper() + name[1:]}: {parameters:.1f} M parameters, {clock(report['seconds']['training'])} min of training on {where}"
 
 
 def share_facts(share: ParseShare) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from weft.tokenizer import load_tokenizer
 from weft.weights.load import load_model
 
 SAMPLES = (
-    'def is_even(number):\n    """Return True if number is even."""\n',
-    'def read_lines(path, encoding="utf-8"):\n    """Read a text file and return a list of its lines."""\n',
-    'def get_name(self):\n    """Return the name of this object."""\n',
+    'def is_even(number):\n    """Return True if number is even."""',
+    'def read_lines(path, encoding="utf-8"):\n    """Read a text file and return a list of its lines."""',
+    'def get_name(self):\n    """Return the name of this object."""',
 )
 NUM_SAMPLES = 3
 PROMPT_WORDS = 8

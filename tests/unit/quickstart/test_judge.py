@@ -4,14 +4,14 @@ import pytest
 
 from weft.quickstart.judge import ParseShare, is_function, judge, take_body, wilson
 
-PROMPT = 'def f(x):\n    """Double it."""\n'
+PROMPT = 'def f(x):\n    """Double it."""'
 
 
 @pytest.mark.parametrize(
     "body", ["    return 2 * x\n", "    return 2 * x", "    # why\n    y = x\n\n    return y\n", "    def g():\n        pass\n"]
 )
 def test_functions_are_accepted(body):
-    assert is_function(PROMPT, body)
+    assert is_function(PROMPT, "\n" + body)
 
 
 @pytest.mark.parametrize(
@@ -30,18 +30,20 @@ def test_functions_are_accepted(body):
     ],
 )
 def test_others_are_not(body):
+    assert not is_function(PROMPT, "\n" + body)
     assert not is_function(PROMPT, body)
 
 
 def test_the_body_ends_at_the_left_margin():
-    assert take_body("    return 1\n\n\ndef g():\n    pass\n") == ("    return 1\n\n\n", True)
-    assert take_body("    return 1\n    y") == ("    return 1\n    y", False)
-    assert take_body("return 1\n") == ("", True)
+    assert take_body("\n    return 1\n\n\ndef g():\n    pass\n") == ("\n    return 1\n\n\n", True)
+    assert take_body("\n    return 1\n    y") == ("\n    return 1\n    y", False)
+    assert take_body("\nreturn 1\n") == ("\n", True)
+    assert take_body("[0]\n    return 1") == ("[0]\n    return 1", False)
     assert take_body("") == ("", False)
 
 
 def test_counts():
-    share = judge([PROMPT] * 4, ["    return x\ndef g(:\n", "    return (", "    return x", ""], [False, False, True, True])
+    share = judge([PROMPT] * 4, ["\n    return x\ndef g(:\n", "\n    return (", "\n    return x", ""], [False, False, True, True])
     assert share == ParseShare(accepted=2, finished=3, samples=4)
     assert share.share == 0.5
     low, high = share.bounds
@@ -59,6 +61,6 @@ def test_wilson_interval():
 
 def test_nothing_is_run(tmp_path):
     target = tmp_path / "made"
-    body = f"    return open({str(target)!r}, 'w')\n"
+    body = f"\n    return open({str(target)!r}, 'w')\n"
     assert is_function(PROMPT.replace("x)", f"x=open({str(target)!r}, 'w'))"), body)
     assert not target.exists()

@@ -57,11 +57,11 @@ def test_functions_are_cut_after_the_docstring():
     found = {pair.prompt.split("(")[0].split()[-1]: pair for pair in pairs(SOURCE)}
     assert set(found) == {"length", "fetch", "outer", "inner"}
     length = found["length"]
-    assert length.prompt == ('def length(self) -> float:\n    """Distance from the origin.\n\n    In the units of the coordinates."""\n')
-    assert length.body == "    # Pythagoras\n    return (self.x ** 2\n            + self.y ** 2) ** 0.5\n"
+    assert length.prompt == ('def length(self) -> float:\n    """Distance from the origin.\n\n    In the units of the coordinates."""')
+    assert length.body == "\n    # Pythagoras\n    return (self.x ** 2\n            + self.y ** 2) ** 0.5\n"
     assert length.origin == "m.py:4"
-    assert found["fetch"].prompt.endswith("):\n    'Fetch it.'\n")
-    assert found["fetch"].body == "    for _ in range(tries):\n\n        await get(url)\n"
+    assert found["fetch"].prompt.endswith("):\n    'Fetch it.'")
+    assert found["fetch"].body == "\n    for _ in range(tries):\n\n        await get(url)\n"
 
 
 def test_both_halves_together_parse_to_the_function_that_was_written():
@@ -78,7 +78,7 @@ def test_a_method_that_moving_would_change_is_left_out():
 
 
 def test_limits_copies_and_bad_files():
-    assert {pair.prompt.split("(")[0] for pair in pairs(SOURCE, body=60)} == {"async def fetch", "def inner"}
+    assert {pair.prompt.split("(")[0] for pair in pairs(SOURCE, body=61)} == {"async def fetch", "def inner"}
     assert len(pairs(SOURCE + SOURCE)) == len(pairs(SOURCE))
     assert pairs("def broken(:\n") == []
     assert make_pairs([SourceFile("notes.txt", SOURCE, len(SOURCE))], 1000, 1000) == []

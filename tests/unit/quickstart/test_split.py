@@ -20,8 +20,18 @@ def words(seed: int, lines: int = 40) -> str:
 
 
 @pytest.fixture(scope="module")
-def stdlib():
-    return split_corpus(read_stdlib(), 0.06)
+def library():
+    return read_stdlib()
+
+
+@pytest.fixture(scope="module")
+def stdlib(library):
+    return split_corpus(library, 0.06)
+
+
+@pytest.fixture(scope="module")
+def groups(library):
+    return join_units({name: [f.text for f in files] for name, files in units_of(library).items()})
 
 
 def unit(path: str) -> str:
@@ -38,9 +48,7 @@ def test_no_unit_of_the_standard_library_is_on_both_sides(stdlib):
 @pytest.mark.parametrize(
     "twins", [("decimal", "_pydecimal"), ("io", "_pyio"), ("ntpath", "posixpath", "genericpath"), ("profile", "cProfile"), ("bz2", "lzma")]
 )
-def test_twins_stay_together(twins):
-    read = read_stdlib()
-    groups = join_units({name: [f.text for f in files] for name, files in units_of(read).items()})
+def test_twins_stay_together(twins, groups):
     present = {name for name in twins if any(name in group for group in groups)}
     assert any(present <= set(group) for group in groups)
     assert not any({"argparse", "json"} <= set(group) for group in groups)
