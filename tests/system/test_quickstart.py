@@ -252,3 +252,13 @@ def test_a_second_quickstart_in_the_same_folder_waits_its_turn(tmp_path):
         Workplace(tmp_path / "out")
     place.release()
     Workplace(tmp_path / "out").release()
+
+
+def test_a_finished_job_is_known_by_its_report_when_its_work_is_deleted(whole, tmp_path):
+    from weft.quickstart.workplace import check_out
+
+    shutil.copytree(whole[0], tmp_path / "out", ignore=shutil.ignore_patterns("work"))
+    check_out(tmp_path / "out")
+    (tmp_path / "out" / "quickstart.json").write_text("{}")
+    with pytest.raises(UserError, match="holds other files"):
+        check_out(tmp_path / "out")

@@ -45,6 +45,7 @@ def quickstart(
     except UserError:
         screen.stop()
         raise
+    screen.stop()
     print_report(screen.console, report, next_commands(report))
     if json:
         emit_json(report)
@@ -55,11 +56,13 @@ class Screen:
 
     def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[note]}"))
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
+        note = TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        title = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+        columns = (SpinnerColumn(), title, BarColumn(bar_width=12), TimeElapsedColumn(), TimeRemainingColumn(), note)
+        self._bar = Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal)
         self._task: Any = None
         self._title = ""
         self._started = 0.0

@@ -36,7 +36,7 @@ from weft.quickstart.training import (
     tell_training,
     train,
 )
-from weft.quickstart.workplace import Workplace, check_out
+from weft.quickstart.workplace import PAGE, PICTURE, REPORT, Workplace, check_out
 from weft.train.callbacks import clock
 from weft.train.card import size
 from weft.train.speed import peak_memory
@@ -45,7 +45,6 @@ from weft.weights.save import save_model
 
 Facts = dict[str, Any]
 STEPS = 7
-PICTURE = "quickstart.png"
 
 
 def quickstart(options: Options, settings: Settings | None = None, restart: bool = False, reporter: Reporter | None = None) -> Facts:
@@ -96,7 +95,7 @@ class _Job:
 
         def measured() -> Facts:
             result = work()
-            return {**result, "key": key, "peak_memory_bytes": peak_memory(torch.device("cpu"))}
+            return {**result, "key": key, "peak_memory_bytes": peak_memory(self.device)}
 
         result, known = self.ledger.run(name, key, measured, outputs)
         self.reporter.end(tell(result), known)
@@ -117,7 +116,7 @@ class _Job:
         key = content_key(material.key, self.settings.facts()["tokens"])
         return self._step(
             "tokens",
-            "training a byte-level BPE",
+            "training a tokenizer",
             key,
             lambda: make_tokens(material, self.settings, self.place, key, self.reporter),
             lambda facts: (
@@ -148,7 +147,7 @@ class _Job:
             return f"{facts['card']['model']['parameters']:,} parameters, {tell_training(facts['card'])}"
 
         length = f"for {clock(60 * self.options.minutes)}" if self.settings.steps is None else f"for {self.settings.steps} steps"
-        return self._step("pretrain", f"pretraining a small Llama {length}", key, work, tell, [self.place.base])
+        return self._step("pretrain", f"pretraining {length}", key, work, tell, [self.place.base])
 
     def _fine_tune(self, material: Material, pretrained: Facts) -> Facts:
         settings = self.settings
@@ -178,7 +177,7 @@ class _Job:
                 return f"skipped: {facts['skipped']}"
             return f"{facts['pairs']:,} pairs, {tell_training(facts['card'])}"
 
-        return self._step("fine-tune", "fine-tuning on functions", key, work, tell, [self.place.model])
+        return self._step("fine-tune", "fine-tuning", key, work, tell, [self.place.model])
 
     def _measure(self, material: Material, tokens: Facts, tuned: Facts) -> Facts:
         key = content_key(tuned["key"], material.key)
@@ -198,7 +197,7 @@ class _Job:
             others = ", ".join(f"{LABELS[name].replace(chr(10), ' ')} {bits:.3f}" for name, bits in facts["baselines"].items())
             return f"{facts['bits_per_byte']:.3f} bits a byte of held-out text ({others})"
 
-        return self._step("measure", "measuring the held-out text", key, work, tell, [])
+        return self._step("measure", "measuring", key, work, tell, [])
 
     def _judge(self, material: Material, tuned: Facts) -> Facts:
         key = content_key(tuned["key"], self.settings.facts()["judging"])
@@ -221,7 +220,7 @@ class _Job:
             before, after = shares["before"], shares["after"]
             return f"{before['share']:.0%} of {before['samples']} sampled functions parse before fine-tuning, {after['share']:.0%} after"
 
-        return self._step("judge", "sampling functions, and parsing them", key, work, tell, [])
+        return self._step("judge", "sampling", key, work, tell, [])
 
     def _report(self, results: Results) -> Facts:
         self._begin("writing the report")
@@ -231,8 +230,8 @@ class _Job:
             report["picture"] = PICTURE
         except ImportError:
             self.reporter.note("matplotlib is not installed, so there is no picture; pip install 'weft[plots]' brings it.")
-        atomic_write(self.place.out / "quickstart.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        atomic_write(self.place.out / "quickstart.md", markdown(report))
+        atomic_write(self.place.out / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(self.place.out / PAGE, markdown(report))
         self.reporter.end(f"{clock(report['seconds']['total'])} in all, {size(report['peak_memory_bytes'])} of memory", known=False)
         return report
 

@@ -11,6 +11,7 @@ from weft.quickstart.judge import ParseShare
 from weft.quickstart.measuring import LABELS
 from weft.quickstart.options import Options
 from weft.quickstart.picture import Curve, Shares, draw
+from weft.quickstart.workplace import MARK
 from weft.train.callbacks import clock
 from weft.train.card import size, versions
 
@@ -51,6 +52,7 @@ def build_report(options: Options, device: torch.device, results: Results) -> Fa
         "fine_tune": tuned["card"]["cost"]["tokens"] if tuned["card"] else 0,
     }
     return {
+        "format": MARK,
         "bits_per_byte": results.measured["bits_per_byte"],
         "bits_per_byte_fine_tuned": results.measured.get("bits_per_byte_fine_tuned"),
         "baselines": results.measured["baselines"],

@@ -114,7 +114,7 @@ class _Watcher(Callback):
 
     def on_log(self, rows: Sequence[Row], pace: Pace) -> None:
         loss = sum(row["loss"] for row in rows) / max(1, len(rows))
-        note = f"loss {loss:.2f}{self._heldout}, {pace.tokens_per_s:,.0f} tokens/s"
+        note = f"loss {loss:.2f}, {pace.tokens_per_s:,.0f} tokens/s{self._heldout}"
         self.reporter.advance(pace.step, pace.total, note)
 
     def on_evaluate(self, row: Row) -> None:

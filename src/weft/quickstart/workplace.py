@@ -11,6 +11,7 @@ from weft.errors import UserError
 from weft.files import atomic_write
 
 MARK = "weft-quickstart"
+REPORT, PAGE, PICTURE = "quickstart.json", "quickstart.md", "quickstart.png"
 
 
 class Workplace:
@@ -95,7 +96,12 @@ def _mark(out: Path) -> Path:
 
 
 def _is_ours(out: Path) -> bool:
+    """Whether there is an earlier job's mark, or its report where `work` was deleted."""
+    return any(_has_mark(path) for path in (_mark(out), out / REPORT))
+
+
+def _has_mark(path: Path) -> bool:
     try:
-        return bool(json.loads(_mark(out).read_text("utf-8")).get("format") == MARK)
+        return bool(json.loads(path.read_text("utf-8")).get("format") == MARK)
     except (OSError, ValueError, AttributeError):
         return False
