@@ -20,10 +20,10 @@ demo: $(VENV)/base.stamp  ## From raw text to a model that writes Python
 	$(BIN)/weft quickstart $(ARGS)
 
 test: $(VENV)/dev.stamp lint  ## What CI runs
-	$(PYTEST) -m "not slow and not gpu and not net" -n 2 --dist worksteal
+	$(PYTEST) -m "not slow and not gpu and not net" -n 2 --dist loadfile
 
 test-all: $(VENV)/dev.stamp lint  ## With slow tests and those that reach a package index
-	$(PYTEST) -m "not gpu" -n 2 --dist worksteal
+	$(PYTEST) -m "not gpu" -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
