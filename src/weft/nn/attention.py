@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.nn.attend import attend_fused, attend_grouped
-from weft.nn.attend_blocked import MAX_LENGTH, attend_blocked, blocked_bias
+from weft.nn.attend_blocked import MAX_LENGTH, attend_blocked, causal_bias
 from weft.nn.linear import Linear
 from weft.nn.mixer import Side, Site, State, register
 from weft.nn.norm import build_norm
@@ -61,7 +61,8 @@ class Attention(nn.Module):
     def _attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if dropout == 0.0 and self._suits_blocks(q, step):
-            bias = step.once(("blocked bias", self.spec.window, v.dtype), lambda: self._blocked_bias(v.dtype, step))
+            rows = step.positions[:1] if step.plain else step.positions  # whole documents are all alike
+            bias = step.once(("causal bias", self.spec.window), lambda: causal_bias(rows, self.spec.window))
             return attend_blocked(q, k, v, bias, self.scale, self.spec.window)
         if self.spec.causal and step.plain and self.spec.softcap is None and (self.spec.window or q.shape[1]) >= q.shape[1]:
             return attend_fused(q, k, v, None, self.scale, dropout)
@@ -71,14 +72,9 @@ class Attention(nn.Module):
         return attend_grouped(q, k, v, mask, self.scale, self.spec.softcap, dropout)
 
     def _suits_blocks(self, q: Tensor, step: Step) -> bool:
-        """Training on a CPU, over rows in which a later token is never a key: whole documents, or documents packed one after another."""
+        """On a CPU, over rows in which a later token is never a key: whole documents, or documents packed one after another."""
         ordered = step.plain or step.segments is not None
-        short = q.shape[1] <= MAX_LENGTH
-        return torch.is_grad_enabled() and q.device.type == "cpu" and ordered and short and self.spec.causal and self.spec.softcap is None
-
-    def _blocked_bias(self, dtype: torch.dtype, step: Step) -> Tensor:
-        mask = allowed(step, step.positions, self.spec.window)
-        return blocked_bias(mask[:1] if step.plain else mask, dtype)  # whole documents all have the same mask
+        return q.device.type == "cpu" and q.shape[1] <= MAX_LENGTH and ordered and self.spec.causal and self.spec.softcap is None
 
     def _parallel_mask(self, step: Step) -> Tensor:
         if self.spec.causal:

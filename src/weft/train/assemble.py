@@ -14,6 +14,7 @@ from weft.errors import UserError
 from weft.nn import build
 from weft.objectives.next_token import NextToken
 from weft.train.callbacks import Callback, TensorBoard
+from weft.train.heap import keep_freed_memory
 from weft.train.job import Compute, Job, Length
 from weft.train.objective import POLICY
 from weft.train.parallel import World, join_world
@@ -66,6 +67,8 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
         torch.use_deterministic_algorithms(True, warn_only=True)
     if recipe.compile:
         check_compiler(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     out = Path(recipe.out)
     if not world.leads:
         world.wait()

@@ -5,7 +5,7 @@ import torch
 
 from weft.nn import Step, attention, build
 from weft.nn.attend import attend_naive
-from weft.nn.attend_blocked import BLOCK, MAX_BLOCKS, attend_blocked, blocked_bias
+from weft.nn.attend_blocked import BLOCK, MAX_BLOCKS, attend_blocked, causal_bias
 from weft.spec import model_spec
 
 # T, window, tokens a document: one block and several, cut short, blocks longer than BLOCK, windows across blocks
@@ -21,17 +21,16 @@ CASES = [
 
 
 def inputs(length, window, document, dtype=torch.float64):
+    """q, k, v, the naive form's mask, the blocked form's bias, and a gradient."""
     generator = torch.Generator().manual_seed(length)
     q, g = (torch.randn(2, length, 6, 4, generator=generator, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(2, length, 3, 4, generator=generator, dtype=dtype) for _ in range(2))
     index = torch.arange(length)
-    mask = (index <= index[:, None])[None].expand(2, -1, -1)
+    sizes = (length, length) if document is None else (document, document + 3)
+    mask = (index <= index[:, None]) & torch.stack([index[:, None] // size == index // size for size in sizes])
     if window is not None:
         mask = mask & (index[:, None] - index < window)
-    if document is not None:
-        segments = torch.stack([index // document, index // (document + 3)])
-        mask = mask & (segments[:, :, None] == segments[:, None, :])
-    return q, k, v, mask, g
+    return q, k, v, mask, causal_bias(torch.stack([index % size for size in sizes]), window), g
 
 
 def results(attend, q, k, v, g):
@@ -42,23 +41,21 @@ def results(attend, q, k, v, g):
 
 @pytest.mark.parametrize(("length", "window", "document"), CASES)
 def test_equals_naive(length, window, document):
-    q, k, v, mask, g = inputs(length, window, document)
-    bias = blocked_bias(mask, q.dtype)
+    q, k, v, mask, bias, g = inputs(length, window, document)
     want = results(lambda q, k, v: attend_naive(q, k, v, mask, 0.4), q, k, v, g)
     got = results(lambda q, k, v: attend_blocked(q, k, v, bias, 0.4, window), q, k, v, g)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     if window != 1:
-        other = blocked_bias(mask.tril(-1) | torch.eye(length, dtype=torch.bool) & (torch.arange(length) != length - 1), q.dtype)
+        other = causal_bias(torch.arange(length).expand(2, -1) % 4, window)
         wrong = results(lambda q, k, v: attend_blocked(q, k, v, other, 0.4, window), q, k, v, g)
-        assert all((a - b).abs().max() > 1e-6 for a, b in zip(wrong, want, strict=True)), "control: one key less shows everywhere"
+        assert all((a - b).abs().max() > 1e-6 for a, b in zip(wrong, want, strict=True)), "control: shorter documents show everywhere"
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel():
-    q, k, v, mask, g = inputs(300, None, 37)
+    q, k, v, mask, bias, g = inputs(300, None, 37)
     want = results(lambda q, k, v: attend_naive(q, k, v, mask, 0.4), q, k, v, g)
     narrow = [t.bfloat16() for t in (q, k, v, g)]
-    bias = blocked_bias(mask, torch.bfloat16)
     errors = {}
     for name, attend in {
         "blocked": lambda q, k, v: attend_blocked(q, k, v, bias, 0.4),
@@ -71,8 +68,8 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_fused_kernel():
 
 
 def test_huge_scores_stay_finite():
-    q, k, v, mask, g = inputs(140, None, 37, torch.float32)
-    for out in results(lambda q, k, v: attend_blocked(1e4 * q, 1e4 * k, v, blocked_bias(mask, q.dtype), 1.0), q, k, v, g):
+    q, k, v, _, bias, g = inputs(140, None, 37, torch.float32)
+    for out in results(lambda q, k, v: attend_blocked(1e4 * q, 1e4 * k, v, bias, 1.0), q, k, v, g):
         assert torch.isfinite(out).all()
 
 
@@ -84,23 +81,27 @@ def model_of(**mixer):
 
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_model_trains_through_it_and_scores_through_the_fused_kernel(monkeypatch, packed, window):
+def test_a_model_takes_it_and_agrees_with_the_fused_kernel(monkeypatch, packed, window):
     model = model_of(window=window)
     tokens = torch.randint(0, 50, (2, 150), generator=torch.Generator().manual_seed(2))
     index = torch.arange(150).expand(2, -1)
     step = (lambda: Step.packed(index % 40, index // 40)) if packed else (lambda: Step.parallel(tokens, torch.tensor([150, 90])))
     calls = []
     monkeypatch.setattr(attention, "attend_blocked", lambda *arguments: (calls.append(1), attend_blocked(*arguments))[1])
-    trained = model(tokens, step()).hidden
-    assert len(calls) == 2
-    with torch.no_grad():
-        scored = model(tokens, step()).hidden
-    assert len(calls) == 2
+    got = model(tokens, step()).hidden
+    other = model(tokens, Step.parallel(tokens) if packed else Step.packed(index % 40, index // 40)).hidden
+    assert len(calls) == 4
+    monkeypatch.setattr(attention, "MAX_LENGTH", 149)
+    want = model(tokens, step()).hidden
+    assert len(calls) == 4
     valid = step().valid
-    torch.testing.assert_close(trained[valid], scored[valid], rtol=0, atol=1e-12)
-    with torch.no_grad():
-        other = model(tokens, Step.parallel(tokens) if packed else Step.packed(index % 40, index // 40)).hidden
-    assert (trained[:, 60:80] - other[:, 60:80]).abs().max() > 1e-4, "control: another packing shows"
+    torch.testing.assert_close(got[valid], want[valid], rtol=0, atol=1e-12)
+    assert (other[:, 60:80] - want[:, 60:80]).abs().max() > 1e-4, "control: another packing shows"
+
+
+def test_the_bias_is_an_operator_that_compilers_understand():
+    torch.library.opcheck(causal_bias, (torch.arange(7)[None] % 3, 2))
+    torch.library.opcheck(causal_bias, (torch.arange(7).expand(2, -1),))
 
 
 def test_what_it_does_not_suit_goes_elsewhere(monkeypatch):
