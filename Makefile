@@ -35,7 +35,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 
 bench: $(VENV)/dev.stamp  ## Training speed against transformers, in one run
-	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/train.py --out benchmarks/results/train-cpu.json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

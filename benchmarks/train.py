@@ -1,189 +1,335 @@
-"""Training tokens per second against transformers: one model, one run, configurations interleaved round by round.
+"""Tokens a second of training, Weft against transformers: the same weights, the same batches, the same AdamW, one step each in turn.
 
-    python benchmarks/train.py [--rounds 8] [--rows 8] [--length 512] [--json results.json]
+    python benchmarks/train.py                      about ten minutes on two cores, most of it compiling
+    python benchmarks/train.py --rounds 3 --tiny    whether it runs
 
-The model is a Llama of 5.4 million parameters, made by Weft, saved, and loaded by transformers, so that both hold the same weights. A
-configuration is a whole training step: forward, loss, backward, clipping, fused AdamW. Before anything is timed, each must give the
-reference loss (float32 eager transformers): within 3e-5 in float32, 1e-2 in bfloat16; else nothing is reported.
-
-Peers: transformers eager in float32, and in bfloat16 autocast eager and compiled, the last with torch's fused attention and with its own
-"eager" attention, whichever is faster. Weft runs the step of its own trainer. Each round runs every configuration once in shuffled order;
-a ratio is the median over rounds of the peer's time over Weft's in the same round.
+Every contestant lives in a process of its own, so that each has the allocator, the threads and the caches that its users get; they
+all wait while one steps. Before anything is timed, the loss and the gradient's norm of each are compared with transformers in
+float32: where they differ, nothing is reported and the exit code is 1. The last line of output is one JSON object.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from weft.data.packing import PackedBatch
-from weft.nn import Model, build
-from weft.objectives.next_token import NextToken
-from weft.spec import ModelSpec, model_spec
-from weft.train.optim import Optimizer
-from weft.train.parallel import World
-from weft.train.settings import OptimSettings
-from weft.train.window import loss_function, open_window, run_window
-from weft.weights.save import save_model
-
-LEARNING_RATE = 1e-4
-Step = Callable[[PackedBatch], float]
+LR, CLIP = 1e-3, 1.0
+TOLERANCE = {"float32": 3e-5, "bfloat16": 1e-2}  # of the loss, absolute, in nats
+NORM_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of the gradient's norm, relative
 
 
-def llama(length: int) -> ModelSpec:
-    """5.4 million parameters, 1 million of them the tied embedding."""
-    layer = {
-        "repeat": 6,
-        "mixer": {"type": "attention", "heads": 4, "kv_heads": 2, "rope": {"base": 10000.0}},
-        "channel": {"type": "gated", "hidden": 688},
-    }
-    return model_spec({"vocab": 4096, "dim": 256, "context": length, "norm": {"type": "rms", "eps": 1e-5}, "layers": [layer]})
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and its batch; the default has 5.4 million parameters."""
+
+    vocab: int = 4096
+    dim: int = 256
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    hidden: int = 688
+    rows: int = 8
+    length: int = 512
 
 
-def make_batch(rows: int, length: int, vocab: int, seed: int) -> PackedBatch:
-    """Whole rows of random tokens: the work does not depend on which."""
-    tokens = torch.randint(vocab, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
-    positions = torch.arange(length).expand(rows, length)
-    mask = torch.ones(rows, length, dtype=torch.bool)
-    return PackedBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, None, mask, 0)
+@dataclass(frozen=True)
+class Contestant:
+    """One way to train.
+
+    dtype      of the products, by autocast; weights and optimiser are float32.
+    attention  transformers: its `attn_implementation`. Weft: "whole", or "packed" for documents of 100 tokens that do not see each other.
+    rounded    weights and optimiser in bfloat16 too: another training than the rest, shown and not counted.
+    heap       with the allocator setting of Weft's trainer.
+    """
+
+    library: str
+    dtype: str
+    compiled: bool
+    attention: str
+    rounded: bool = False
+    heap: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.library, self.dtype, "compiled" if self.compiled else "eager", self.attention]
+        if self.rounded:
+            words.append("bfloat16 weights")
+        if self.heap and self.library != "weft":
+            words.append("Weft's allocator setting")
+        return ", ".join(words)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is what a user of transformers would run to train the same model in the same way."""
+        return self.library == "transformers" and not self.rounded and not self.heap
 
 
-def weft_step(model: Model, dtype: torch.dtype, compiled: bool) -> Step:
-    """The trainer's own step: one micro-batch, its loss function, its optimiser."""
-    objective, world = NextToken(), World()
-    compute = loss_function(objective, {"policy": model.train()}, dtype, compiled)
-    optimizer = Optimizer(model, OptimSettings(lr=LEARNING_RATE))
-
-    def step(batch: PackedBatch) -> float:
-        window, _ = open_window(objective, batch, None, torch.device("cpu"), world)
-        sums = run_window(window, compute, optimizer.parameters, world)
-        torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
-        optimizer.step(1.0)
-        return float(sums.sums["next_token"] / sums.counts["next_token"])
-
-    return step
+def contestants(compiled: bool) -> list[Contestant]:
+    """The reference first."""
+    peers = [Contestant("transformers", "float32", False, "sdpa"), Contestant("transformers", "bfloat16", False, "sdpa")]
+    own = [Contestant("weft", "float32", False, "whole", heap=True), Contestant("weft", "bfloat16", False, "whole", heap=True)]
+    if compiled:
+        for attention in ("sdpa", "eager"):
+            peers.append(Contestant("transformers", "bfloat16", True, attention))
+        peers.append(Contestant("transformers", "bfloat16", True, "eager", heap=True))
+        peers.append(Contestant("transformers", "bfloat16", True, "eager", rounded=True, heap=True))
+        own += [Contestant("weft", "bfloat16", True, attention, heap=True) for attention in ("whole", "packed")]
+    return peers + own
 
 
-def transformers_step(folder: Path, dtype: torch.dtype, compiled: bool, attention: str) -> Step:
+# What runs in a contestant's own process.
+
+Step = Callable[[int], tuple[float, float]]  # number of the batch -> loss, norm of the gradient
+
+
+def batch_of(shape: Shape, number: int) -> Any:
+    """Tokens [rows, length + 1]; the same for everyone."""
+    import torch
+
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, shape.vocab, (shape.rows, shape.length + 1), generator=generator)
+
+
+def transformers_step(contestant: Contestant, shape: Shape, folder: str) -> Step:
+    import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    dtype = torch.bfloat16 if contestant.rounded else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=contestant.attention).train()
+    optimizer = torch.optim.AdamW(model.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    narrow = contestant.dtype == "bfloat16" and not contestant.rounded
 
-    def compute(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss: torch.Tensor = model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
-        return loss
+    def loss_of(tokens: Any, targets: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            return model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
-    run = torch.compile(compute, dynamic=False) if compiled else compute
+    compute = torch.compile(loss_of, dynamic=False) if contestant.compiled else loss_of
 
-    def step(batch: PackedBatch) -> float:
-        loss = run(batch.tokens, batch.targets)
+    def step(number: int) -> tuple[float, float]:
+        tokens = batch_of(shape, number)
+        loss = compute(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        optimizer.zero_grad()
+        return loss.item(), norm.item()
 
     return step
 
 
-def configurations(folder: Path, spec: ModelSpec) -> dict[str, tuple[torch.dtype, Callable[[], Step]]]:
-    wide, narrow = torch.float32, torch.bfloat16
+def weft_step(contestant: Contestant, shape: Shape, folder: str) -> Step:
+    """The parts of Weft's trainer that make up one step, with the settings that `weft train` gives them."""
+    import torch
 
-    def ours() -> Model:
-        return build(spec, seed=0)
+    from weft.data.packing import PackedBatch
+    from weft.objectives.next_token import NextToken
+    from weft.train.objective import POLICY
+    from weft.train.optim import Optimizer, clip_gradients
+    from weft.train.parallel import World
+    from weft.train.settings import OptimSettings
+    from weft.train.window import loss_function, open_window, run_window
+    from weft.weights.load import load_model
 
-    return {
-        "transformers float32 eager": (wide, lambda: transformers_step(folder, wide, False, "sdpa")),
-        "transformers bfloat16 eager": (narrow, lambda: transformers_step(folder, narrow, False, "sdpa")),
-        "transformers bfloat16 compiled": (narrow, lambda: transformers_step(folder, narrow, True, "sdpa")),
-        "transformers bfloat16 compiled, eager attention": (narrow, lambda: transformers_step(folder, narrow, True, "eager")),
-        "weft float32 eager": (wide, lambda: weft_step(ours(), wide, False)),
-        "weft bfloat16 eager": (narrow, lambda: weft_step(ours(), narrow, False)),
-        "weft bfloat16 compiled": (narrow, lambda: weft_step(ours(), narrow, True)),
-    }
+    torch.use_deterministic_algorithms(contestant.compiled, warn_only=True)
+    model = load_model(folder, dtype=torch.float32).model.train()
+    optimizer = Optimizer(model, OptimSettings(lr=LR, clip=CLIP))
+    objective, world = NextToken(), World()
+    compute = loss_function(objective, {POLICY: model}, getattr(torch, contestant.dtype), contestant.compiled)
+    index = torch.arange(shape.length).repeat(shape.rows, 1)
+    packed = contestant.attention == "packed"
 
-
-def prepare(chosen: dict[str, tuple[torch.dtype, Callable[[], Step]]], batch: PackedBatch) -> dict[str, Step]:
-    """Build and warm up every configuration, and refuse those that do not compute the reference loss."""
-    steps, reference = {}, None
-    for name, (dtype, make) in chosen.items():
-        start = time.perf_counter()
-        steps[name] = make()
-        loss = steps[name](batch)
-        reference = loss if reference is None else reference
-        tolerance = 3e-5 if dtype == torch.float32 else 1e-2
-        print(f"{name}: first step {time.perf_counter() - start:.1f} s, loss {loss:.6f}", file=sys.stderr, flush=True)
-        if abs(loss - reference) > tolerance:
-            sys.exit(f"{name} gives the loss {loss:.6f}, the reference {reference:.6f}: not the same model, so nothing is timed.")
-        steps[name](batch)
-    return steps
-
-
-def measure(steps: dict[str, Step], batches: list[PackedBatch], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = random.Random(0)
-    for index in range(rounds):
-        for name in order.sample(list(steps), len(steps)):
-            start = time.perf_counter()
-            steps[name](batches[index % len(batches)])
-            seconds[name].append(time.perf_counter() - start)
-        print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
-    return seconds
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", type=Path, default=None, help="also write the result to this file")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    spec = llama(options.length)
-    batches = [make_batch(options.rows, options.length, spec.vocab, seed) for seed in range(4)]
-    with tempfile.TemporaryDirectory() as scratch:
-        save_model(build(spec, seed=0), Path(scratch) / "model")
-        steps = prepare(configurations(Path(scratch) / "model", spec), batches[0])
-        seconds = measure(steps, batches, options.rounds)
-    best_peer = min((name for name in seconds if name.startswith("transformers")), key=lambda name: statistics.median(seconds[name]))
-    tokens = options.rows * options.length
-    rows = []
-    for name, times in seconds.items():
-        against = [peer / own for peer, own in zip(seconds[best_peer], times, strict=True)]
-        quartiles = statistics.quantiles(against, n=4) if len(against) > 1 else [against[0]] * 3
-        rate = tokens / statistics.median(times)
-        rows.append(
-            {"name": name, "tokens_per_s": round(rate, 1), "ratio": round(quartiles[1], 3), "quartiles": [round(q, 3) for q in quartiles]}
+    def step(number: int) -> tuple[float, float]:
+        tokens = batch_of(shape, number)
+        batch = PackedBatch(
+            tokens=tokens[:, :-1].contiguous(),
+            targets=tokens[:, 1:].contiguous(),
+            positions=index % 100 if packed else index,
+            segments=index // 100 if packed else None,
+            loss_mask=torch.ones_like(index, dtype=torch.bool),
+            num_bytes=0,
         )
-        print(f"{name:50s} {rate:8.0f} tokens/s   {quartiles[1]:5.2f} times {best_peer} ({quartiles[0]:.2f} to {quartiles[2]:.2f})")
-    ratio = next(row["ratio"] for row in rows if row["name"] == "weft bfloat16 compiled")
-    result = {
-        "benchmark": "train",
-        "parameters": spec.num_params(),
-        "rows": options.rows,
-        "length": options.length,
-        "threads": torch.get_num_threads(),
-        "rounds": options.rounds,
-        "best_peer": best_peer,
-        "ratio": ratio,
-        "configurations": rows,
-    }
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        window, _ = open_window(objective, batch, None, torch.device("cpu"), world)
+        sums = run_window(window, compute, optimizer.parameters, world)
+        norm = clip_gradients(optimizer)
+        optimizer.step(1.0)
+        return float(sums.sums["next_token"]) / window.counts["next_token"], float(norm)
+
+    return step
+
+
+def serve(contestant: Contestant, shape: Shape, folder: str, pipe: Connection) -> None:
+    """Build, then answer: a batch's number with (loss, norm, seconds), None by leaving."""
+    if contestant.heap:
+        from weft.train.heap import keep_freed_memory
+
+        keep_freed_memory()
+    build = transformers_step if contestant.library == "transformers" else weft_step
+    step = build(contestant, shape, folder)
+    pipe.send("ready")
+    while (number := pipe.recv()) is not None:
+        started = time.perf_counter()
+        loss, norm = step(number)
+        pipe.send((loss, norm, time.perf_counter() - started))
+
+
+def write_model(shape: Shape, folder: str, seed: int) -> None:
+    """Initial weights for everyone. They are larger than usual, so that a wrong model shows in its loss."""
+    from weft.nn import build
+    from weft.spec import model_spec
+    from weft.weights.save import save_model
+
+    mixer = {"type": "attention", "heads": shape.heads, "kv_heads": shape.kv_heads, "rope": {"base": 10000.0}}
+    layers = [{"repeat": shape.layers, "mixer": mixer, "channel": {"type": "gated", "hidden": shape.hidden}}]
+    sizes = {"vocab": shape.vocab, "dim": shape.dim, "context": shape.length, "init_std": 0.1}
+    spec = model_spec({**sizes, "tie_embeddings": True, "norm": {"type": "rms", "eps": 1e-5}, "layers": layers})
+    save_model(build(spec, seed=seed), folder)
+
+
+# What runs in the first process.
+
+
+class Racer:
+    """A contestant's process."""
+
+    def __init__(self, contestant: Contestant, shape: Shape, folder: str) -> None:
+        self.contestant, self.seconds = contestant, list[float]()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(contestant, shape, folder, other), daemon=True)
+        self._process.start()
+        other.close()
+        self._pipe.recv()
+
+    def step(self, number: int) -> tuple[float, float, float]:
+        self._pipe.send(number)
+        answer: tuple[float, float, float] = self._pipe.recv()
+        return answer
+
+    def leave(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def enter(contestant: Contestant, shape: Shape, folder: str) -> tuple[Racer, list[tuple[float, float]]]:
+    """Start a process; take three steps, of which the first compiles, and return what they measured."""
+    started = time.perf_counter()
+    racer = Racer(contestant, shape, folder)
+    measured = [racer.step(number)[:2] for number in (0, 0, 1)]
+    tell(f"  ready in {time.perf_counter() - started:5.0f} s, loss {measured[0][0]:.5f}, norm {measured[0][1]:.4f}: {contestant.name}")
+    return racer, measured
+
+
+def disagreement(contestant: Contestant, measured: list[tuple[float, float]], reference: list[tuple[float, float]]) -> str | None:
+    """What is wrong with a contestant's first step: its loss and its gradient must be the reference's. Packed rows are another task."""
+    dtype = contestant.dtype
+    (loss, norm), (want, want_norm) = measured[0], reference[0]
+    if contestant.attention != "packed":
+        if abs(loss - want) > TOLERANCE[dtype]:
+            return f"{contestant.name}: the loss is {loss:.6f} and should be {want:.6f}"
+        if abs(norm / want_norm - 1) > NORM_TOLERANCE[dtype]:
+            return f"{contestant.name}: the gradient's norm is {norm:.5f} and should be {want_norm:.5f}"
+    if not measured[1][0] < loss - 0.05:
+        return f"{contestant.name}: a step on one batch moves its loss from {loss:.4f} to {measured[1][0]:.4f} only"
+    return None
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def report(racers: list[Racer], shape: Shape) -> dict[str, Any]:
+    """Medians and quartiles; ratios are taken round by round, then summarised."""
+    tokens = shape.rows * shape.length
+    best = min((r for r in racers if r.contestant.counts), key=lambda r: statistics.median(r.seconds))
+    rows = []
+    for racer in racers:
+        ratios = [theirs / own for theirs, own in zip(best.seconds, racer.seconds, strict=True)]
+        seconds = spread(racer.seconds)
+        speed = round(tokens / seconds["median"])
+        rows.append({"name": racer.contestant.name, "tokens_per_s": speed, "seconds": seconds, "ratio": spread(ratios)})
+    tell(f"\n{'tokens/s':>9} {'s a step (quartiles)':>24} {'ratio (quartiles)':>22}")
+    for row in rows:
+        seconds, ratio = ("{median:.3f} ({low:.3f} to {high:.3f})".format(**row[key]) for key in ("seconds", "ratio"))
+        tell(f"{row['tokens_per_s']:9,} {seconds:>24} {ratio:>24}  {row['name']}")
+    own = [row for row in rows if row["name"].startswith("weft") and "packed" not in row["name"]]
+    winner = max(own, key=lambda row: row["tokens_per_s"])
+    ratio = winner["ratio"]["median"]
+    tell(f"\nratio to transformers' best ({best.contestant.name}): {ratio:.2f} ({winner['name']})")
+    return {"best_of_transformers": best.contestant.name, "best_of_weft": winner["name"], "ratio": ratio, "rows": rows}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"cpu": model, "threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2), **versions}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each that are timed")
+    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
+    parser.add_argument("--tiny", action="store_true", help="a model and a batch of no interest, to see that everything runs")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    shape = Shape(vocab=128, dim=32, layers=1, heads=2, kv_heads=1, hidden=64, rows=2, length=160) if options.tiny else Shape()
+    facts = machine()
+    racers: list[Racer] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [str(Path(temporary, str(seed))) for seed in range(2)]
+        for seed, folder in enumerate(folders):
+            write_model(shape, folder, seed)
+        entrants = contestants(not options.eager)
+        reference: list[tuple[float, float]] = []
+        for contestant in entrants:
+            racer, measured = enter(contestant, shape, folders[0])
+            racers.append(racer)
+            reference = reference or measured
+            wrong = disagreement(contestant, measured, reference)
+            if wrong:
+                tell(f"{wrong}. Nothing is reported.")
+                return 1
+        control, measured = enter(entrants[1], shape, folders[1])
+        control.leave()
+        if disagreement(entrants[1], measured, reference) is None:
+            tell("A model with other weights passes for the same one: the comparison is worth nothing. Nothing is reported.")
+            return 1
+        for number in range(2, 2 + options.rounds):
+            for racer in random.sample(racers, len(racers)):
+                racer.seconds.append(racer.step(number)[2])
+        for racer in racers:
+            racer.leave()
+    result = {"benchmark": "train", "shape": asdict(shape), "rounds": options.rounds, "machine": facts, **report(racers, shape)}
+    text = json.dumps(result)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

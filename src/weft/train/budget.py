@@ -1,7 +1,7 @@
 """How long a run is: a number of steps, or minutes that are turned into one as soon as the pace is known."""
 
 import math
-from statistics import median
+from statistics import fmean
 
 from weft.errors import UserError
 
@@ -33,7 +33,7 @@ class Budget:
 
     @property
     def step_seconds(self) -> float:
-        return median(self._times[SETTLE:])
+        return fmean(self._times[SETTLE:])  # not the median: a budget pays for the slow steps too
 
     def fix(self, evaluation: float = 0.0, every: int | None = None) -> tuple[int, int]:
         """The number of steps that fit, at least as many as were observed, and the steps between two evaluations.
@@ -43,10 +43,10 @@ class Budget:
         """
         least = len(self._times)
         if every is not None:
-            return max(least, math.floor(self.seconds / (self.step_seconds + evaluation / every))), every
+            return max(least, math.floor(self.seconds / (self.step_seconds + evaluation / every) + 1e-9)), every
         affordable = EVALUATING * self.seconds / evaluation if evaluation else EVALUATIONS
         evaluations = int(min(EVALUATIONS, max(1, affordable)))
-        total = max(least, math.floor((self.seconds - evaluations * evaluation) / self.step_seconds))
+        total = max(least, math.floor((self.seconds - evaluations * evaluation) / self.step_seconds + 1e-9))
         return total, evaluate_every(total, evaluations)
 
 

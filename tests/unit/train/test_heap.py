@@ -14,7 +14,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(12_000_000)
 before = faults()
-for _ in range(20):
+for _ in range(100):
     torch.ones(12_000_000)
 print(faults() - before)
 """
@@ -26,5 +26,6 @@ def test_freed_memory_stays():
         run = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
         return int(run.stdout)
 
-    assert faults("kept") < 30_000
-    assert faults("plain") > 200_000, "control: without the setting, 48 MB are cleared page by page, twenty times"
+    kept, plain = faults("kept"), faults("plain")
+    assert plain > 1_000_000, "control: without the setting, 48 MB are cleared page by page, a hundred times"
+    assert kept < plain / 4, "a small block may lie in the way a few times, not always"
