@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 $(VENV)/base.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Weft needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,plots,tokenizers-extra]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[data,plots,serve,tokenizers-extra]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/base.stamp

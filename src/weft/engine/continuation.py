@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from weft.engine.grammar import Matcher
 from weft.engine.lanes import Lane
 from weft.engine.random import uniform
 from weft.engine.request import Event, FinishReason, Result, SamplingParams, TokenLogprob
@@ -33,6 +34,7 @@ class Continuation:
     task: Task
     index: int
     stream: TextStream | None
+    matcher: Matcher | None = None
     lane: Lane | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -56,15 +58,20 @@ class Continuation:
             reason = "stop"
         else:
             piece = self.stream.push(token) if self.stream else ""
-            if self.stream and self.stream.stopped:
+            if self.matcher:
+                self.matcher.accept(token)
+            if (self.stream and self.stream.stopped) or (self.matcher and self.matcher.done):
                 reason = "stop"
             elif len(self.ids) >= self.task.limit:
                 reason = "length"
+            elif self.matcher and self.matcher.failed:
+                reason = "error"
         if reason is not None and self.stream:
             piece += self.stream.finish()
-        return Event(self.task.number, self.index, token, piece, logprob, self.result(reason) if reason else None)
+        error = f"the grammar could not be followed to its end: {self.matcher.failed}." if self.matcher and reason == "error" else None
+        return Event(self.task.number, self.index, token, piece, logprob, self.result(reason, error) if reason else None)
 
-    def result(self, reason: FinishReason) -> Result:
+    def result(self, reason: FinishReason, error: str | None = None) -> Result:
         """The outcome so far, ended for this reason."""
         if self.stream:
             self.stream.finish()
@@ -77,4 +84,5 @@ class Continuation:
             prompt_tokens=len(self.task.prompt),
             logprobs=tuple(self.logprobs) if self.params.logprobs or self.params.top_logprobs else None,
             seed=None if self.params.greedy else self.task.seed,
+            error=error,
         )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from weft.engine.beam import BeamGroup
 from weft.engine.continuation import Continuation, Task
+from weft.engine.grammar import GrammarCompiler, Matcher, constrain
 from weft.engine.lanes import Lane, Lanes
-from weft.engine.request import Event, Request, Result, TokenLogprob, fresh_seed
+from weft.engine.request import Event, Request, Result, SamplingParams, TokenLogprob, fresh_seed
 from weft.engine.sampler import History, Sampler, token_logprobs
 from weft.engine.stop import TextStream
 from weft.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from weft.tokenizer import Tokenizer
 
 Job = Continuation | BeamGroup
+NOT_FINITE = "the model's logits are not finite numbers; its weights are damaged, or too large for this dtype: try float32."
 
 
 class Engine:
@@ -62,6 +64,7 @@ class Engine:
         self._early: list[Event] = []
         self._sampler: tuple[list[Continuation], Sampler] | None = None
         self._count = 0
+        self.grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.spec.vocab)
 
     # Requests.
 
@@ -85,7 +88,8 @@ class Engine:
         elif task.params.beams > 1:
             self._waiting.append(BeamGroup(task, self.tokenizer))
         else:
-            first, *others = (Continuation(task, index, self._text_stream(task)) for index in range(task.params.n))
+            matchers = [self._matcher(task.params) for _ in range(task.params.n)]
+            first, *others = (Continuation(task, i, self._text_stream(task), matcher) for i, matcher in enumerate(matchers))
             self._waiting.append(first)
             self._siblings[first] = others
         return task.number
@@ -100,7 +104,12 @@ class Engine:
             prompt = tuple(request.prompt)
         if params.stop and tokenizer is None:
             raise UserError("stop strings are given, but this engine has no tokenizer; give stop_ids, or an engine with a tokenizer.")
+        if params.constrained and tokenizer is None:
+            raise UserError("a grammar is given, but this engine has no tokenizer; give an engine with a tokenizer.")
         self._check_prompt(prompt)
+        foreign = next((token for token in params.logit_bias if token >= self.model.spec.vocab), None)
+        if foreign is not None:
+            raise UserError(f"logit_bias has the token id {foreign}, but the model's ids go from 0 to {self.model.spec.vocab - 1}.")
         if params.beams > self._lanes.limit:
             raise UserError(f"beams is {params.beams} and the engine has {self._lanes.limit} rows; lower beams or raise rows.")
         if (request.memory is not None) != self._attends_memory:
@@ -126,7 +135,16 @@ class Engine:
             raise UserError(f"the prompt has the token id {foreign}, but the model's ids go from 0 to {vocab - 1}; use its own tokenizer.")
 
     def _text_stream(self, task: Task) -> TextStream | None:
-        return None if self.tokenizer is None else TextStream(self.tokenizer.stream_decoder(), task.params.stop)
+        if self.tokenizer is None:
+            return None
+        # A grammar counts every character, so the space that SentencePiece writes before a first word stays.
+        return TextStream(self.tokenizer.stream_decoder(whole_text=not task.params.constrained), task.params.stop)
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.grammar is None:
+            return None
+        assert self.grammars is not None
+        return self.grammars.matcher(params.grammar)
 
     @torch.inference_mode()
     def cancel(self, number: int) -> list[Result]:
@@ -238,7 +256,7 @@ class Engine:
             histories = [History(c.task.prompt, c.ids) for c in batch]
             self._sampler = batch, Sampler([c.params for c in batch], histories, logits)
         sampler = self._sampler[1]
-        chosen = sampler.sample(logits, [c.uniform() for c in batch])
+        chosen = sampler.sample(constrain(logits, [c.matcher for c in batch]), [c.uniform() for c in batch])
         sampler.observe(chosen)
         ids: list[int] = chosen.tolist()
         reports = self._report(batch, logits, ids)
@@ -283,7 +301,7 @@ class Engine:
                 self._lanes.scrub(lane)
         jobs = [job, *self._siblings.pop(job, [])] if isinstance(job, Continuation) else [Continuation(job.task, 0, None)]
         self._end(job)
-        results = [continuation.result("error") for continuation in jobs]
+        results = [continuation.result("error", NOT_FINITE) for continuation in jobs]
         return [Event(result.request, result.index, None, "", None, result) for result in results]
 
     # Conveniences.
@@ -291,7 +309,7 @@ class Engine:
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Events of these requests until all are finished; those still running when the caller stops listening are cancelled.
 
-        Raises UserError as `submit` does, before anything is generated, and where the model's logits are not finite.
+        Raises UserError as `submit` does, before anything is generated, and where a request ends in an error.
         """
         if self.busy:
             raise UserError("the engine is busy with other requests; use submit and step to add more, or another engine.")
@@ -302,9 +320,7 @@ class Engine:
             while self.busy:
                 for event in self.step():
                     if event.result is not None and event.result.finish_reason == "error":
-                        raise UserError(
-                            "the model's logits are not finite numbers; its weights are damaged, or too large for this dtype: try float32."
-                        )
+                        raise UserError(event.result.error)
                     yield event
         finally:
             for number in numbers:

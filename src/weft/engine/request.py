@@ -2,12 +2,13 @@
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from weft.engine.grammar import Grammar
 from weft.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -27,6 +28,7 @@ class SamplingParams:
                          2019, equation 2); 1 is off.
     presence_penalty     taken once from the logit of every token generated so far.
     frequency_penalty    taken from a token's logit as often as it was generated so far.
+    logit_bias           added to the logits of these token ids before anything else.
     seed                 makes the samples reproducible, whatever else is generated beside them; None draws one.
     stop                 texts that end generation; the result's text ends before them.
     stop_ids             tokens that end generation, besides the tokenizer's own end tokens.
@@ -36,6 +38,7 @@ class SamplingParams:
     n                    continuations of the prompt: samples, or with beams the best n of them.
     beams                above 1: beam search of that width, without sampling.
     length_penalty       beams are compared by log-probability / length ** length_penalty (Wu et al. 2016, in transformers' form).
+    grammar              what the text must match; it may end only where it does, and ends where nothing may follow.
     """
 
     max_tokens: int | None = None
@@ -46,6 +49,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
@@ -55,6 +59,7 @@ class SamplingParams:
     n: int = 1
     beams: int = 1
     length_penalty: float = 1.0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -71,6 +76,7 @@ class SamplingParams:
             _number(name, getattr(self, name), -math.inf)
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED):
             raise UserError(f"seed is {self.seed!r}; give a whole number from 0 to 2^63 - 1.")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         object.__setattr__(self, "stop", _texts(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         self._check_combinations()
@@ -83,12 +89,19 @@ class SamplingParams:
                     f"beams is {self.beams} and {sampling[0]} {getattr(self, sampling[0])}; beam search takes the likeliest texts as they "
                     "are: drop one of the two."
                 )
+            if self.constrained:
+                raise UserError(f"beams is {self.beams} and a grammar is given; beam search does not follow grammars: drop one of the two.")
             if self.n > self.beams:
                 raise UserError(f"n is {self.n} and beams {self.beams}; beam search gives at most as many texts as it has beams.")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the tokens that are allowed depend on the text so far."""
+        return self.grammar is not None
 
     @property
     def penalised(self) -> bool:
@@ -104,6 +117,7 @@ _OFF = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "logit_bias": {},
 }
 
 
@@ -136,11 +150,12 @@ class Result:
     index          which of the request's n continuations; with beams, its rank.
     text           what was generated, without end tokens and without the stop string.
     ids            every token that was generated, an end token included.
-    finish_reason  "stop": an end token or a stop string; "length": max_tokens or the end of the context; "cancelled"; "error": the
-                   model's logits were not finite numbers.
+    finish_reason  "stop": an end token, a stop string or the end of the grammar; "length": max_tokens or the end of the context;
+                   "cancelled"; "error": see `error`.
     logprobs       one a token where they were asked for.
     seed           what reproduces it; None where nothing was drawn.
     score          with beams: log-probability / length ** length_penalty.
+    error          what went wrong, as a sentence.
     """
 
     request: int
@@ -152,6 +167,7 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] | None = None
     seed: int | None = None
     score: float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +208,14 @@ def _number(name: str, value: float, least: float, most: float = math.inf, above
     lower = "" if least == -math.inf else f" {'above' if above else 'of at least'} {least:g}"
     upper = "" if most == math.inf else f" and at most {most:g}"
     raise UserError(f"{name} is {value!r}; give a finite number{lower}{upper}.")
+
+
+def _biases(given: Mapping[int, float]) -> dict[int, float]:
+    for token, bias in given.items():
+        if not _is_int(token) or token < 0:
+            raise UserError(f"logit_bias is given for {token!r}; its keys are token ids, whole numbers from 0.")
+        _number(f"logit_bias of token {token}", bias, -math.inf)
+    return dict(given)
 
 
 def _texts(stop: Sequence[str] | str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The choice of the next token, for all rows of a batch at once.
 
-The order is that of transformers: repetition, presence and frequency penalties, temperature, top-k, top-p, min-p, and then a draw.
+The order is that of transformers: biases, repetition, presence and frequency penalties, temperature, top-k, top-p, min-p, and then a draw.
 A row's outcome depends on its own logits, parameters, history and random number alone.
 """
 
@@ -39,7 +39,17 @@ class Sampler:
             self._seen = self._count([[*h.prompt, *h.generated] for h in histories]) > 0
         if any(p.presence_penalty or p.frequency_penalty for p in params):
             self._counts = self._count([h.generated for h in histories])
+        self._bias = self._biases()
         self._columns: dict[str, Tensor] = {}
+
+    def _biases(self) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+        """Where biases go, as (rows, ids), and what they are; None without any."""
+        entries = [(row, token, bias) for row, p in enumerate(self.params) for token, bias in p.logit_bias.items()]
+        if not entries:
+            return None
+        rows, ids, values = zip(*entries, strict=True)
+        device = self._like.device
+        return (torch.tensor(rows, device=device), torch.tensor(ids, device=device)), self._like.new_tensor(values)
 
     def _count(self, ids: Sequence[Sequence[int]]) -> Tensor:
         rows = [torch.tensor(row, dtype=torch.long).bincount(minlength=self.vocab) for row in ids]
@@ -53,8 +63,10 @@ class Sampler:
         return self._columns[name]
 
     def penalise(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] in float32 (float64 stays) with the penalties applied."""
+        """Logits [B, V] in float32 (float64 stays) with biases and penalties applied."""
         logits = wide(logits)
+        if self._bias is not None:
+            logits = logits.index_put(*self._bias, accumulate=True)
         if self._seen is not None:
             logits = filters.penalise_repeats(logits, self._seen, self._column("repetition_penalty"))
         if self._counts is not None:

@@ -24,13 +24,15 @@ class StreamDecoder:
 
     A token may end inside a UTF-8 character: its bytes wait until the character is complete. Bytes that are no UTF-8 become U+FFFD,
     one for each maximal invalid part (Unicode 15, section 3.9, table 3-8).
+
+    whole_text  the ids begin a text: a first space that the vocabulary only marks a word with is left out.
     """
 
-    def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int] = frozenset()) -> None:
+    def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int] = frozenset(), whole_text: bool = True) -> None:
         self._vocabulary = vocabulary
         self._hidden = hidden
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = vocabulary.drops_first_space
+        self._at_start = whole_text and vocabulary.drops_first_space
         # For vocabularies decoded by the library: ids[shown_from:] is all that still influences the text to come, and the
         # text of ids[shown_from:shown_to] has been returned.
         self._ids: list[int] = []

@@ -177,9 +177,9 @@ class Tokenizer:
         """Text of ids; bytes that are no UTF-8 become U+FFFD and ids without a token nothing."""
         return self._text.decode([index for index in ids if not (skip_special and index in self.special_ids)])
 
-    def stream_decoder(self, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one at a time."""
-        return StreamDecoder(self._text, self.special_ids if skip_special else frozenset())
+    def stream_decoder(self, skip_special: bool = True, whole_text: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one at a time; without `whole_text` the space before SentencePiece's first word is shown."""
+        return StreamDecoder(self._text, self.special_ids if skip_special else frozenset(), whole_text)
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes of text that a token stands for, possibly part of a character; a special token stands for no text."""
