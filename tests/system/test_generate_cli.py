@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -136,6 +137,32 @@ def test_what_is_no_model_or_no_text_is_refused(weft, tmp_path, model):
     assert "stdin is not UTF-8 (byte 3)" in err
 
 
+SCHEMA = """{"type": "object", "required": ["n"], "additionalProperties": false,
+  "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}}"""
+
+
+def test_a_schema_or_an_expression_is_followed(weft, model, tmp_path):
+    (tmp_path / "schema.json").write_text(SCHEMA)
+    for given in (SCHEMA, tmp_path / "schema.json"):
+        code, out, _ = weft("generate", model, "-p", "the quick", "--json-schema", given, "--max-tokens", 40, "--json")
+        assert code == 0
+        assert list(json.loads(json.loads(out.splitlines()[-1])["text"])) == ["n"]
+    code, out, _ = weft("generate", model, "-p", "the quick", "--regex", "[0-9]{3}", "--temp", 1)
+    assert code == 0
+    assert re.fullmatch("[0-9]{3}\n", out)
+
+
+def test_a_form_that_cannot_be_followed_is_refused(weft, model, tmp_path):
+    for given, said in (("{", "not valid JSON"), ('{"type": "nonsense"}', "Invalid type"), (tmp_path / "no.json", "no.json")):
+        code, _, err = weft("generate", model, "-p", "a", "--json-schema", given)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
+    code, _, err = weft("generate", model, "-p", "a", "--regex", "(")
+    assert (code, "unclosed group" in err) == (2, True)
+    code, _, err = weft("generate", model, "-p", "a", "--regex", "a", "--json-schema", "{}")
+    assert (code, "held to one" in err) == (2, True)
+
+
 def test_the_command_itself_runs(model):
     command = [sys.executable, "-m", "weft.cli.main", "generate", str(model), "-p", "-", "--max-tokens", "3", "--json"]
     done = subprocess.run(command, input="the quick", capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -147,6 +174,7 @@ def test_the_flags_are_what_scripts_rely_on():
     sampling = "--temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --seed --stop"
     shared = f"{sampling} --max-tokens --device --dtype --json --help".split()
     generate = ["--prompt", "-p", "--n", "--beams", "--length-penalty", "--logprobs", "--top-logprobs", "--no-stream"]
+    generate += ["--json-schema", "--regex"]
     for verb, own in (("generate", generate), ("chat", ["--system"])):
         flags = {flag for parameter in load(verb).params for flag in parameter.opts if flag.startswith("-")}
         assert flags | {"--help"} == {*shared, *own}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli.console import emit_json, say
-from weft.cli.options import RunOptions, SamplingOptions, with_groups
+from weft.cli.options import GrammarOptions, RunOptions, SamplingOptions, with_groups
 from weft.cli.pace import Pace
 from weft.errors import UserError
 
@@ -34,6 +34,7 @@ def generate(
     prompts: list[str] = typer.Option([], "--prompt", "-p", help="Text to continue, as it is; - reads stdin; may be repeated."),
     max_tokens: int = typer.Option(256, "--max-tokens", help="Most tokens to generate."),
     sampling: SamplingOptions = SamplingOptions(),
+    form: GrammarOptions = GrammarOptions(),
     n: int = typer.Option(1, "--n", help="Continuations a prompt."),
     beams: int = typer.Option(1, "--beams", help="Beam search of this width; with --n the best of it."),
     length_penalty: float = typer.Option(1.0, "--length-penalty", help="Beams compare by log-probability / length ** this."),
@@ -53,6 +54,7 @@ def generate(
         length_penalty=length_penalty,
         logprobs=output.logprobs,
         top_logprobs=output.top_logprobs,
+        grammar=form.grammar(),
     )
     texts = _read_prompts(prompts)
     engine = open_engine(model, run.device, run.dtype, rows=max(beams, min(ROWS, n * len(texts))))

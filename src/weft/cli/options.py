@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from weft.errors import UserError
+from weft.files import read_text
+
 if TYPE_CHECKING:
-    from weft.engine import SamplingParams
+    from weft.engine import Grammar, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,26 @@ class SamplingOptions:
         from weft.engine import SamplingParams
 
         return SamplingParams(**(others | self.given()))
+
+
+@dataclasses.dataclass(frozen=True)
+class GrammarOptions:
+    """What the text must match."""
+
+    json_schema: Annotated[str | None, typer.Option("--json-schema", help="JSON valid under this schema: a file, or itself.")] = None
+    regex: Annotated[str | None, typer.Option("--regex", help="Text that this regular expression matches as a whole.")] = None
+
+    def grammar(self) -> "Grammar | None":
+        from weft.engine import Grammar
+
+        if self.json_schema is not None and self.regex is not None:
+            raise UserError("--json-schema and --regex are both given; a text is held to one of them: leave the other out.")
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.json_schema is None:
+            return None
+        inline = self.json_schema.lstrip().startswith("{")
+        return Grammar("json_schema", self.json_schema if inline else read_text(self.json_schema, "JSON schema"))
 
 
 @dataclasses.dataclass(frozen=True)

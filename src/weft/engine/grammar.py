@@ -76,15 +76,13 @@ class Matcher:
     failed   why the grammar cannot be followed any further, None where it can.
     """
 
-    def __init__(self, matcher: "LLMatcher", vocab: int) -> None:
-        self._matcher, self._vocab = matcher, vocab
-        self.done = False
-        self.failed: str | None = None
+    def __init__(self, matcher: "LLMatcher", ends: Tensor) -> None:
+        self._matcher, self._ends = matcher, ends
         self._look()
 
     def copy(self) -> "Matcher":
         """Another continuation from the same place."""
-        return Matcher(self._matcher.deep_copy(), self._vocab)
+        return Matcher(self._matcher.deep_copy(), self._ends)
 
     def accept(self, token: int) -> None:
         """Go on with a token that was allowed."""
@@ -92,13 +90,14 @@ class Matcher:
         self._look()
 
     def _look(self) -> None:
-        # An end token that was accepted stops the matcher too; whoever asked for the token knows that it ends the text.
-        self.done = self._matcher.is_stopped() and not self._matcher.is_error()
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        self.allowed = (bits[:, None] >> _BITS & 1).flatten()[: self._vocab].bool()
+        self.allowed = (bits[:, None] >> _BITS & 1).flatten()[: len(self._ends)].bool()
+        stuck = not (self.allowed & ~self._ends).any()
+        self.done = stuck and self._matcher.is_accepting()
+        self.failed: str | None = None
         if self._matcher.is_error():
             self.failed = _reason(self._matcher.get_error())
-        elif not self.done and not self.allowed.any():
+        elif stuck and not self.done:
             self.failed = "no token of the vocabulary can go on"
 
 
@@ -146,7 +145,9 @@ class GrammarCompiler:
             raise UserError(f"the {name} cannot be used: {_reason(str(error))}. Correct it.") from None
         if found.is_error():
             raise UserError(f"the {name} cannot be used: {_reason(found.get_error())}. Correct it.")
-        matcher = Matcher(found, self.vocab)
+        ends = torch.zeros(self.vocab, dtype=torch.bool)
+        ends[[token for token in self.tokenizer.eos_ids if token < self.vocab]] = True
+        matcher = Matcher(found, ends)
         if matcher.done:
             raise UserError(f"the {name} allows the empty text alone; give one that a text can match.")
         if matcher.failed:
