@@ -155,7 +155,10 @@ class Lanes:
             lane.row = row
 
     def _resize(self, rows: int, max_len: int, keep: list[int]) -> None:
-        self._adopt(self.arena.resized(rows, max_len, keep))
+        arena = Arena(self.model, rows, max_len, self.chunk)
+        for target, row in enumerate(keep):
+            arena.restore(target, self.arena.snapshot(row))
+        self._adopt(arena)
 
     def _capacity(self, length: int) -> int:
         """Entries to keep for sequences of this length.

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from weft.nn.arena import Arena
+from weft.nn.arena import Arena, Rows
 from weft.nn.model import Model, Output
 
 
@@ -14,12 +14,16 @@ class Runner(nn.Module):
         super().__init__()
         self.model, self.arena = model, arena
 
-    def forward(self, tokens: Tensor, n_new: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, n_new: Tensor, rows: Rows = None, columns: int | None = None) -> Tensor:
         """tokens [B, T] int64, right padded; n_new [B] valid ones a row, 0 for an idle row. Returns logits [B, vocab].
 
-        rows [B] int64 names the arena rows; None means all of them in order. An idle row's logits mean nothing.
+        rows     the arena rows: [B] int64, or an int for the first B, or None for all of them.
+        columns  of the page table, as `Arena.step` takes it.
+        An idle row's logits mean nothing.
         """
-        step = self.arena.step(n_new, tokens.shape[1], rows, keep="last")
+        step = self.arena.step(n_new, tokens.shape[1], rows, keep="last", columns=columns)
         output: Output = self.model(tokens, step, self.arena.views(rows))
         self.arena.commit(output.pending, n_new, rows)
+        if tokens.shape[1] == 1:
+            return self.model.logits(output.hidden[:, 0])
         return output.logits_at((n_new - 1).clamp(min=0))

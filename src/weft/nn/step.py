@@ -18,8 +18,8 @@ class Step:
     positions  [B, T]      absolute position of every token; position 0 means fresh state.
     valid      [B, T]      bool, False on right padding.
     segments   [B, T]      document number in packed training, or None: tokens attend within their segment only.
-    rows       [B]         arena rows this pass works on, or None for all rows in order.
-    table      [B, pages]  page numbers of a paged arena, or None.
+    rows       [B]         arena rows this pass works on, or None for the first B rows in order.
+    table      [B, pages]  page numbers of a paged arena, cut to the columns that this pass can reach, or None.
     memory     (entries [B, S, M], lengths [B]) for cross-attention without an arena, or None.
     keep       "all" returns a recurrent state for every token (verification), "last" only after the last valid one.
     plain      static: every row is one document from position 0 with only right padding, so fused kernels apply.

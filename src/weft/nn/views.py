@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.nn.pages import PADDING
 from weft.nn.step import Step
 
 
@@ -40,7 +41,7 @@ class _Slots:
         self.entries.index_put_((rows[:, None], index), new.to(self.entries.dtype))
 
     def _load(self, step: Step) -> Tensor:
-        return self.entries if step.rows is None else self.entries[step.rows]
+        return self.entries[: step.start.shape[0]] if step.rows is None else self.entries[step.rows]
 
 
 class Dense(_Slots):
@@ -70,26 +71,39 @@ class Ring(_Slots):
 
 
 class Paged:
-    """Entries in pages [pages, page, *shape] found through the step's table; page 0 collects padding.
+    """Entries in pages, found through the step's table.
 
-    `read` gathers a copy: the reference that a kernel working in place has to equal.
+    pool   [pages, page, *shape], contiguous: entry `position` of a row lies at pool[table[row, position // page], position % page].
+    page   entries a page.
+
+    `step.table` [B, columns] has a column for every page that a token of this pass may read or write, and at most as many more as the
+    caller's buckets add; unused columns say 0, a page of zeros. What lies at or beyond start + n_new is to be masked. `read` gathers a
+    copy: the reference that a kernel working in place has to equal.
     """
 
     def __init__(self, pool: Tensor) -> None:
         self.pool = pool
         self.page = pool.shape[1]
+        self._entries = pool.flatten(0, 1)
 
     def write(self, new: Tensor, step: Step) -> None:
-        assert step.table is not None
-        column = (step.positions // self.page).clamp(max=step.table.shape[1] - 1)
-        pages = torch.where(step.valid, step.table.gather(1, column), 0)
-        self.pool.index_put_((pages, step.positions % self.page), new.to(self.pool.dtype))
+        slots = step.once(("slots", self.page), lambda: page_slots(step, self.page))
+        self._entries.index_copy_(0, slots, new.flatten(0, 1).to(self.pool.dtype))
 
     def read(self, step: Step) -> tuple[Tensor, Tensor]:
         assert step.table is not None
         values = self.pool[step.table].flatten(1, 2)
+        if values.ndim > 3:  # head by head, as the other layouts have it: the products must not see how many rows there are
+            values = values.movedim(1, -2).contiguous().movedim(-2, 1)
         capacity = values.shape[1]
         return values, step.once(("dense", capacity), lambda: _filled(step, capacity))
+
+
+def page_slots(step: Step, page: int) -> Tensor:
+    """Where this pass's entries go in a paged leaf, [B * T] int64: page number * page + offset; padding goes to page 1."""
+    assert step.table is not None
+    column = (step.positions // page).clamp(max=step.table.shape[1] - 1)
+    return torch.where(step.valid, step.table.gather(1, column) * page + step.positions % page, PADDING * page).flatten()
 
 
 def _filled(step: Step, capacity: int) -> Tensor:
