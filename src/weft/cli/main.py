@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pull": ("pull:pull", "Fetch a model into the cache."),
     "list": ("list:list_", "List the models in the cache."),
     "rm": ("rm:rm", "Remove a model from the cache."),
+    "verify": ("verify:verify", "Prove on a model what Weft claims, with figures."),
     "export": ("export:export", "Write a model as a Hugging Face folder or a GGUF file."),
 }
 

@@ -1,0 +1,97 @@
+"""The model under test, with what every check needs of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weft.engine import Engine
+from weft.nn import Model
+from weft.tokenizer import Tokenizer
+from weft.verify.prompts import Prompt
+from weft.weights.load import Checkpoint, load_weights
+
+# How far two ways to compute the same logits may be apart, relative to the largest logit: what is left of rounding after some dozen
+# layers. A wrong mask, position or state is apart by a tenth and more.
+LOGIT_LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+GAP = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A loaded model.
+
+    prompts     what it is tried on.
+    new_tokens  how many are generated after each.
+    chunks      sizes of the pieces in which prompts are fed, to be compared with one pass.
+    """
+
+    checkpoint: Checkpoint
+    model: Model
+    tokenizer: Tokenizer | None
+    prompts: tuple[Prompt, ...]
+    new_tokens: int
+    chunks: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that activations and state are in."""
+        return self.model.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+    @property
+    def near_tie(self) -> float:
+        """Two tokens whose logits are closer than this may change places by rounding alone; 0 where nothing may.
+
+        In float32 a matrix library sums in another order for another number of rows; on an accelerator it does so in every dtype.
+        """
+        if self.dtype == torch.float32:
+            return GAP
+        if self.device.type == "cpu" or self.dtype == torch.float64:
+            return 0.0
+        return 16 * torch.finfo(self.dtype).eps
+
+    def in_float32(self) -> Model | None:
+        """The model in float32, in which a mistake is not hidden by rounding: itself, or a copy; None where memory is too short."""
+        if self.dtype == torch.float32:
+            return self.model
+        needed, free = self.float32_bytes, free_memory()
+        return None if free is not None and needed > free else load_weights(self.checkpoint, self.device, torch.float32)
+
+    @property
+    def float32_bytes(self) -> float:
+        """About what it takes to run a float32 copy."""
+        return 4.8 * self.checkpoint.spec.num_params()
+
+    def engine(self, rows: int) -> Engine:
+        """An engine as the product's verbs make it."""
+        return Engine(self.model, self.tokenizer, rows=rows)
+
+    def spell(self, token: int | None) -> str:
+        """A token for messages."""
+        if token is None:
+            return "the end"
+        spelling = None if self.tokenizer is None else self.tokenizer.token(token)
+        return str(token) if spelling is None else f"{token} {spelling!r}"
+
+    def longest(self, most: int) -> Sequence[Prompt]:
+        """Up to `most` prompts, the longest first."""
+        return sorted(self.prompts, key=lambda prompt: -len(prompt.ids))[:most]
+
+
+def limit_of(model: Model) -> float:
+    """The largest difference of logits, relative to the largest logit, that rounding in the model's dtype explains."""
+    return LOGIT_LIMITS[model.embed.weight.dtype]
+
+
+def free_memory() -> float | None:
+    """Bytes that can be had without swapping, where the system says so."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    lines = meminfo.read_text().splitlines()
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
