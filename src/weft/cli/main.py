@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("train:train", "Train a model from a recipe."),
     "generate": ("generate:generate", "Continue a text."),
     "chat": ("chat:chat", "Talk with a model."),
+    "serve": ("serve:serve", "Answer requests over HTTP, as OpenAI's servers do."),
     "tokenizer": ("tokenizer:app", "Train, use and explain tokenizers."),
     "data": ("data:app", "Turn text into packed shards, and look at them."),
     "models": ("models:models", "List the model families Weft knows, with sizes."),

@@ -1,0 +1,143 @@
+"""The process: from models' names to a server that runs until it is told to stop, and stops well."""
+
+import asyncio
+import re
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from weft.engine.open import open_engine
+from weft.errors import UserError
+from weft.serve.app import App
+from weft.serve.gate import LOCAL_HOSTS, Limits
+from weft.serve.metrics import Metrics
+from weft.serve.worker import Worker
+
+MODEL_NAME = re.compile(r"([\w.:-]+)=(.+)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How models are served.
+
+    rows     texts that a model generates at a time.
+    grace_s  time for running answers to end after SIGTERM or SIGINT; a second signal ends them at once.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    dtype: str = "auto"
+    rows: int = 16
+    grace_s: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on which to serve; port 0 takes a free one. Raises UserError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the server cannot listen on {host} port {port}: {reason}. Choose another with --host and --port.") from None
+
+
+def served_names(models: Sequence[str]) -> dict[str, str]:
+    """Names under which models are served -> where they are: NAME=MODEL, or the model's own name or its folder's."""
+    names: dict[str, str] = {}
+    for given in models:
+        match = None if Path(given).exists() else MODEL_NAME.fullmatch(given)
+        name, source = match.groups() if match else (Path(given).name if Path(given).exists() else given, given)
+        if name in names:
+            raise UserError(f"two models would be served as '{name}'; give one another name: NAME={given}.")
+        names[name] = source
+    return names
+
+
+def open_app(models: Sequence[str], options: Options) -> App:
+    """Load the models. Raises UserError where one cannot be had."""
+    metrics, workers = Metrics(), {}
+    for name, source in served_names(models).items():
+        engine = open_engine(source, options.device, options.dtype, rows=options.rows)
+        workers[name] = Worker(name, engine, options.rows, options.limits.queue, metrics.of(name))
+    return App(workers, options.limits, metrics)
+
+
+def serve(app: App, listener: socket.socket, options: Options, ready: Callable[[], None]) -> dict[str, Any]:
+    """Answer requests until SIGTERM or SIGINT, then finish what runs, for at most the grace time. Returns what was done.
+
+    ready  is called when requests are taken.
+    """
+    return asyncio.run(_serve(app, listener, options, ready))
+
+
+async def _serve(app: App, listener: socket.socket, options: Options, ready: Callable[[], None]) -> dict[str, Any]:
+    config = uvicorn.Config(app.asgi, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=5, server_header=False)
+    server = _Server(config)
+    told = asyncio.Event()
+    hurry = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        (hurry if told.is_set() else told).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    running = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        while not server.started and not running.done():
+            await asyncio.sleep(0.01)
+        if not running.done():
+            ready()
+        await asyncio.wait({running, asyncio.ensure_future(told.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        finished = await _drain(app, options.grace_s, hurry)
+        server.should_exit = True
+        await running
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    return {"drained": finished}
+
+
+async def _drain(app: App, grace_s: float, hurry: asyncio.Event) -> bool:
+    """Let running answers end and refuse new ones. Returns whether all ended by themselves."""
+    app.gate.draining = True
+    loop = asyncio.get_running_loop()
+    end = loop.time() + grace_s
+    while app.gate.active and loop.time() < end and not hurry.is_set():
+        await asyncio.sleep(0.02)
+    finished = app.gate.active == 0
+    if not finished:
+        for worker in app.workers.values():
+            worker.cancel_all()
+        while app.gate.active and loop.time() < end + 2:
+            await asyncio.sleep(0.02)
+    return finished
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn would end the process by the signal once it is done, and not with exit code 0."""
+
+    def install_signal_handlers(self) -> None:
+        return
+
+    def capture_signals(self) -> Any:
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a server there."""
+    return host in LOCAL_HOSTS or host.startswith("127.")
