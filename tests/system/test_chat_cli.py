@@ -34,7 +34,7 @@ def weft(monkeypatch, capfd):
 
 @pytest.fixture
 def conversation(model):
-    return Conversation(Engine(load_model(model).model, load_tokenizer(model), rows=1, chunk=16, reuse=True))
+    return Conversation(Engine(load_model(model).model, load_tokenizer(model), rows=1, chunk=16, page=4))
 
 
 def say(conversation, text, params=None):
@@ -62,21 +62,17 @@ def test_a_conversation_from_a_pipe(weft, model):
 
 
 def test_only_what_is_new_is_fed(conversation):
-    kept, prompts = [], []
-    take = conversation.engine._lanes.take
-
-    def watched(owner, ids, waiting):
-        lane = take(owner, ids, waiting)
-        kept.append(lane.fed)
-        prompts.append(len(ids))
-        return lane
-
-    conversation.engine._lanes.take = watched
-    answers = [say(conversation, text) for text in ("the quick", "fox", "dog")]
-    assert kept[0] == 0
-    assert kept[1] >= prompts[0]
-    assert kept[2] >= prompts[1]
-    fresh = Conversation(Engine(conversation.engine.model, conversation.tokenizer))
+    cached, computed = [], []
+    answers = []
+    for text in ("the quick", "fox", "dog"):
+        answers.append(say(conversation, text))
+        cached.append(conversation.engine.stats.cached_prompt_tokens)
+        computed.append(conversation.engine.stats.prompt_tokens)
+    first, second = computed[0], sum(computed[:1]) + cached[1]
+    assert cached[0] == 0
+    assert cached[1] >= first - 4
+    assert cached[2] - cached[1] >= second - 4
+    fresh = Conversation(Engine(conversation.engine.model, conversation.tokenizer, cache=False))
     assert [say(fresh, text) for text in ("the quick", "fox", "dog")] == answers
 
 

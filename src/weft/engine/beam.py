@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weft.engine.continuation import Task
 from weft.engine.lanes import Lane
+from weft.engine.prefix import Chain
 from weft.engine.request import Result, TokenLogprob
 from weft.engine.sampler import wide
 from weft.engine.stop import before_stop
@@ -117,6 +118,7 @@ class BeamGroup:
     def __init__(self, task: Task, tokenizer: "Tokenizer | None") -> None:
         self.task, self.tokenizer = task, tokenizer
         self.lanes: list[Lane] = []
+        self.chain: Chain = []
         params, stops = task.params, task.params.stop
         num_ends = len(task.ends) + bool(stops)
         self.search = BeamSearch(params.beams, params.length_penalty, task.limit, self._ends, max(1, num_ends))

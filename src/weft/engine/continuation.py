@@ -6,6 +6,7 @@ from torch import Tensor
 
 from weft.engine.grammar import Matcher
 from weft.engine.lanes import Lane
+from weft.engine.prefix import Chain
 from weft.engine.random import uniform
 from weft.engine.request import Event, FinishReason, Result, SamplingParams, TokenLogprob
 from weft.engine.stop import TextStream
@@ -38,10 +39,13 @@ class Continuation:
     lane: Lane | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    chain: Chain = field(default_factory=list)
 
-    @property
-    def params(self) -> SamplingParams:
-        return self.task.params
+    def __post_init__(self) -> None:
+        params = self.task.params
+        self.params: SamplingParams = params
+        # Whether the next token is the likeliest one as the model has it.
+        self.plain = params.greedy and not params.penalised and not params.logit_bias and self.matcher is None
 
     def uniform(self) -> float:
         """The random number of the token to come."""

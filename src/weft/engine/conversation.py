@@ -17,7 +17,7 @@ ROLES = ("system", "user", "assistant", "tool")
 class Conversation:
     """Messages in the order they were said, `messages[0]` the system prompt where there is one.
 
-    Give it an engine with `reuse`: then each turn feeds only what is new, as far as the template leaves the earlier text as it was.
+    By the engine's prefix cache each turn feeds only what is new, as far as the template leaves the earlier text as it was.
     """
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:

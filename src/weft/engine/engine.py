@@ -7,39 +7,44 @@ for token, in float32 wherever the two likeliest tokens are not within rounding.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from weft.engine.beam import BeamGroup
+from weft.engine.choice import NOT_FINITE, Chooser
 from weft.engine.continuation import Continuation, Task
-from weft.engine.grammar import GrammarCompiler, Matcher, constrain
+from weft.engine.grammar import GrammarCompiler, Matcher
+from weft.engine.intake import Intake
 from weft.engine.lanes import Lane, Lanes
-from weft.engine.request import Event, Request, Result, SamplingParams, TokenLogprob, fresh_seed
-from weft.engine.sampler import History, Sampler, token_logprobs
+from weft.engine.request import Event, Request, Result, SamplingParams
+from weft.engine.stats import EngineStats
 from weft.engine.stop import TextStream
 from weft.errors import UserError
 from weft.nn import Model
+from weft.nn.pages import PagesExhausted
 
 if TYPE_CHECKING:
     from weft.tokenizer import Tokenizer
 
 Job = Continuation | BeamGroup
-NOT_FINITE = "the model's logits are not finite numbers; its weights are damaged, or too large for this dtype: try float32."
+DAMAGED = "the model's logits are not finite numbers; its weights are damaged, or too large for this dtype: try float32."
 
 
 class Engine:
     """Generates with one model, which it puts in evaluation mode.
 
     tokenizer  None serves requests in token ids alone: results have no text, and nothing but `stop_ids` ends one.
-    rows       sequences at a time; more requests wait.
+    rows       sequences at a time; more requests wait. Fewer where `memory` does not allow as many.
     chunk      tokens of a prompt fed in one pass.
     context    longest sequence, prompt included; None is the model's own.
-    reuse      keep the state of finished requests, so that a prompt that begins with the same tokens is not computed again (a
-               conversation). The chunks of such a prompt begin where the kept state ends.
-    Raises UserError for a model that cannot run token by token.
+    memory     bytes for decode state, the prefix cache included; None is a share of what the machine has left. Where it runs out, the
+               request that came last gives its state back and is computed again later, with the same result.
+    page       tokens a page of state; also the length of the blocks in which the prefix cache finds equal beginnings.
+    cache      keep the state of text that was read, so that a prompt that begins with the same tokens is not computed again.
+    Raises UserError for a model that cannot run token by token, and where memory is too small for one row.
     """
 
     def __init__(
@@ -49,20 +54,22 @@ class Engine:
         rows: int = 16,
         chunk: int = 256,
         context: int | None = None,
-        reuse: bool = False,
+        memory: int | None = None,
+        page: int = 64,
+        cache: bool = True,
     ) -> None:
-        if rows < 1 or chunk < 1:
-            raise UserError(f"rows is {rows} and chunk {chunk}; both must be at least 1.")
+        if rows < 1 or chunk < 1 or page < 1:
+            raise UserError(f"rows is {rows}, chunk {chunk} and page {page}; each must be at least 1.")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.context = min(context or model.spec.context, model.spec.context)
         with torch.inference_mode():
-            self._lanes = Lanes(model, rows, chunk, self.context, reuse)
-        self._attends_memory = any(leaf.kind == "static" for leaf in self._lanes.arena.leaves.values())
+            self._lanes = Lanes(model, rows, chunk, self.context, memory, page, cache)
+        self._intake = Intake(model, tokenizer, self._lanes)
         self._waiting: deque[Job] = deque()
-        self._shared: dict[Continuation, tuple[dict[Any, Tensor], Tensor]] = {}
         self._siblings: dict[Continuation, list[Continuation]] = {}
         self._early: list[Event] = []
-        self._sampler: tuple[list[Continuation], Sampler] | None = None
+        self._chooser = Chooser()
+        self._stats = EngineStats()
         self._count = 0
         self.grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.spec.vocab)
 
@@ -73,13 +80,26 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self._waiting or self._lanes.active or self._early)
 
+    @property
+    def stats(self) -> EngineStats:
+        """Counts and sizes at this moment."""
+        unstarted = sum(map(len, self._siblings.values()))
+        return replace(
+            self._stats,
+            waiting=len(self._waiting) + unstarted,
+            running=len(self._lanes.active),
+            cached_prompt_tokens=self._lanes.cached_tokens,
+            state_bytes_used=self._lanes.bytes_used,
+            state_bytes_allocated=self._lanes.bytes_allocated,
+        )
+
     def submit(self, request: Request) -> int:
         """Take in a request; returns the number under which its events and results come.
 
-        Raises UserError for a prompt that is empty, longer than the context or not of this vocabulary, and for parameters this
-        engine cannot honour.
+        Raises UserError for a prompt that is empty, longer than the context or not of this vocabulary, for a request whose state is
+        larger than the memory there is, and for parameters this engine cannot honour.
         """
-        task = self._task(request)
+        task = self._intake.task(self._count, request)
         self._count += 1
         if task.limit <= 0:
             indices = range(task.params.n)
@@ -91,48 +111,9 @@ class Engine:
             matchers = [self._matcher(task.params) for _ in range(task.params.n)]
             first, *others = (Continuation(task, i, self._text_stream(task), matcher) for i, matcher in enumerate(matchers))
             self._waiting.append(first)
-            self._siblings[first] = others
+            if others:
+                self._siblings[first] = others
         return task.number
-
-    def _task(self, request: Request) -> Task:
-        params, tokenizer = request.params, self.tokenizer
-        if isinstance(request.prompt, str):
-            if tokenizer is None:
-                raise UserError("the prompt is text, but this engine has no tokenizer; give token ids, or an engine with a tokenizer.")
-            prompt = tuple(tokenizer.encode(request.prompt))
-        else:
-            prompt = tuple(request.prompt)
-        if params.stop and tokenizer is None:
-            raise UserError("stop strings are given, but this engine has no tokenizer; give stop_ids, or an engine with a tokenizer.")
-        if params.constrained and tokenizer is None:
-            raise UserError("a grammar is given, but this engine has no tokenizer; give an engine with a tokenizer.")
-        self._check_prompt(prompt)
-        foreign = next((token for token in params.logit_bias if token >= self.model.spec.vocab), None)
-        if foreign is not None:
-            raise UserError(f"logit_bias has the token id {foreign}, but the model's ids go from 0 to {self.model.spec.vocab - 1}.")
-        if params.beams > self._lanes.limit:
-            raise UserError(f"beams is {params.beams} and the engine has {self._lanes.limit} rows; lower beams or raise rows.")
-        if (request.memory is not None) != self._attends_memory:
-            given = "given" if request.memory is not None else "missing"
-            takes = "attends to a memory" if self._attends_memory else "has no cross-attention"
-            raise UserError(f"the request's memory is {given}, but this model {takes}; give a memory where and only where one is used.")
-        ends = set(params.stop_ids)
-        if tokenizer is not None and not params.ignore_eos:
-            ends |= set(tokenizer.eos_ids)
-        limit = self.context - len(prompt)
-        limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
-        seed = fresh_seed() if params.seed is None else params.seed
-        return Task(self._count, prompt, params, frozenset(ends), limit, seed, request.memory)
-
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise UserError("the prompt has no tokens; give at least one.")
-        if len(prompt) > self.context:
-            raise UserError(f"the prompt has {len(prompt)} tokens and the model's context is {self.context}; shorten the prompt.")
-        vocab = self.model.spec.vocab
-        foreign = next((token for token in prompt if not 0 <= token < vocab), None)
-        if foreign is not None:
-            raise UserError(f"the prompt has the token id {foreign}, but the model's ids go from 0 to {vocab - 1}; use its own tokenizer.")
 
     def _text_stream(self, task: Task) -> TextStream | None:
         if self.tokenizer is None:
@@ -148,7 +129,7 @@ class Engine:
 
     @torch.inference_mode()
     def cancel(self, number: int) -> list[Result]:
-        """Drop a request; returns what each of its unfinished continuations had so far."""
+        """Drop a request and free its state; returns what each of its unfinished continuations had so far."""
         results = []
         waiting = [job for job in self._waiting if job.task.number == number]
         running = [lane.owner for lane in self._lanes.active if lane.owner.task.number == number]
@@ -158,15 +139,16 @@ class Engine:
             self._end(job)
         return results
 
+    def clear_cache(self) -> None:
+        """Forget the state of finished requests; needed when the model's weights have changed."""
+        self._lanes.cache.clear()
+
     def _end(self, job: Job) -> None:
         """Take a job out of everything that knows it."""
-        lanes = job.lanes if isinstance(job, BeamGroup) else [job.lane] if job.lane else []
-        for lane in lanes:
+        for lane in _lanes_of(job):
             self._lanes.give_back(lane)
         if job in self._waiting:
             self._waiting.remove(job)
-        if isinstance(job, Continuation):
-            self._shared.pop(job, None)
 
     # Progress.
 
@@ -176,110 +158,127 @@ class Engine:
         if self.model.training:
             self.model.eval()
         events, self._early = self._early, []
-        events += self._admit()
-        if lanes := self._next_prompts():
-            events += self._advance(lanes, self._lanes.feed_chunks(lanes))
-            events += self._admit()
-        if lanes := [lane for lane in self._lanes.active if lane.pending == 1]:
+        self._admit()
+        if lanes := self._with_room(self._next_prompts()):
+            events += self._advance(lanes, self._feed_prompts(lanes))
+            self._admit()
+        if lanes := self._with_room([lane for lane in self._lanes.active if lane.pending == 1]):
             events += self._advance(lanes, self._lanes.feed_single(lanes))
-        if not self._waiting:
-            self._lanes.shrink()
         return events
 
-    def _admit(self) -> list[Event]:
-        """Give free rows to waiting requests, in their order."""
-        events = []
+    def _admit(self) -> None:
+        """Give free rows and pages to waiting requests, in their order."""
         while self._waiting:
             job = self._waiting[0]
-            width = _width(job)
+            width = job.task.params.beams if isinstance(job, BeamGroup) else 1
             if width > self._lanes.available:
-                break
+                return
+            ids = job.task.prompt if isinstance(job, BeamGroup) else [*job.task.prompt, *job.ids]
+            hit = self._lanes.find(ids, job.chain)
+            if self._lanes.active and not self._lanes.has_room(len(ids), hit):
+                return
             self._waiting.popleft()
-            waiting = width + sum(map(_width, islice(self._waiting, self._lanes.limit)))
+            leader = self._lanes.take(job, ids, hit, job.chain)
             if isinstance(job, BeamGroup):
-                job.lanes = [self._lanes.take(job, job.task.prompt if i == 0 else [], waiting - i) for i in range(width)]
-                leader = job.lanes[0]
+                job.lanes = [leader, *(self._lanes.take(job, []) for _ in range(width - 1))]
             else:
-                leader = job.lane = self._lanes.take(job, job.task.prompt, waiting)
-                if job in self._shared:
-                    state, logits = self._shared.pop(job)
-                    self._lanes.restore(leader, state)
-                    events += self._sample([job], logits)
-                    continue
+                job.lane = leader
             if job.task.memory is not None:
                 self._lanes.prime(leader, job.task.memory)
-        return events
 
     def _next_prompts(self) -> list[Lane]:
         """Lanes with a prompt to feed, first come first served, as many as make one pass of about two chunks."""
         chosen: list[Lane] = []
         longest = 0
-        for lane in self._lanes.active:
-            if lane.pending > 1:
-                longest = max(longest, min(lane.pending, self._lanes.chunk))
-                if chosen and longest * (len(chosen) + 1) > 2 * self._lanes.chunk:
-                    break
-                chosen.append(lane)
+        for lane in sorted((lane for lane in self._lanes.active if lane.pending > 1), key=_age):
+            longest = max(longest, min(lane.pending, self._lanes.chunk))
+            if chosen and longest * (len(chosen) + 1) > 2 * self._lanes.chunk:
+                break
+            chosen.append(lane)
         return chosen
+
+    def _with_room(self, lanes: list[Lane]) -> list[Lane]:
+        """Those of these lanes that have pages for what they are fed next; where pages run out, the youngest request is preempted."""
+        for lane in lanes if len(lanes) == 1 else sorted(lanes, key=_age):
+            while lane.live:
+                try:
+                    self._lanes.reserve(lane, self._lanes.next_count(lane))
+                    break
+                except PagesExhausted:
+                    self._preempt(max(self._lanes.active, key=_age).owner)
+        return [lane for lane in lanes if lane.live]
+
+    def _preempt(self, job: Job) -> None:
+        """Take a running job's state away and let it wait. A continuation goes on from its tokens, a beam search begins anew."""
+        self._stats.preemptions += 1
+        self._end(job)
+        if isinstance(job, BeamGroup):
+            job = BeamGroup(job.task, self.tokenizer)
+        else:
+            job.lane = None
+        self._waiting.appendleft(job)
+
+    def _feed_prompts(self, lanes: Sequence[Lane]) -> Tensor:
+        before = sum(lane.fed for lane in lanes)
+        logits = self._lanes.feed_chunks(lanes)
+        self._stats.prompt_tokens += sum(lane.fed for lane in lanes) - before
+        return logits
 
     def _advance(self, lanes: Sequence[Lane], logits: Tensor) -> list[Event]:
         """What follows from the logits [B, V] after the last tokens fed to these lanes."""
-        peaks = logits.amax(-1)
-        failed = dict.fromkeys(lane.owner for lane, good in zip(lanes, peaks.isfinite().tolist(), strict=True) if not good)
+        if all(lane.pending == 0 and isinstance(lane.owner, Continuation) and lane.owner not in self._siblings for lane in lanes):
+            events = self._sample([lane.owner for lane in lanes], logits)
+            self._lanes.keep(lanes)
+            return events
+        finite = logits.amax(-1).isfinite().tolist()
+        failed = dict.fromkeys(lane.owner for lane, good in zip(lanes, finite, strict=True) if not good)
         events = [event for job in failed for event in self._fail(job)]
-        ready = [i for i, lane in enumerate(lanes) if lane.pending == 0 and lane.owner not in failed]
-        if len(ready) < len(lanes):
-            logits = logits[torch.tensor(ready, dtype=torch.long, device=logits.device)]
-        owners = [lanes[i].owner for i in ready]
-        singles = [i for i, owner in enumerate(owners) if isinstance(owner, Continuation)]
-        for i in singles:
-            self._share(owners[i], logits[i : i + 1])
-        if singles:
-            events += self._sample([owners[i] for i in singles], logits if len(singles) == len(owners) else logits[singles])
-        for group in dict.fromkeys(owner for owner in owners if isinstance(owner, BeamGroup)):
-            order = {lanes[i].row: n for n, i in enumerate(ready)}
-            rows = [order[lane.row] for lane in group.lanes[: len(group.search.running)]]
+        self._lanes.keep(lanes)
+        ready = {lane: i for i, lane in enumerate(lanes) if lane.pending == 0 and lane.live}
+        batch: list[Continuation] = []
+        index: list[int] = []
+        for lane, i in ready.items():
+            if isinstance(lane.owner, Continuation):
+                together = [lane.owner, *self._fork_siblings(lane.owner)]
+                batch += together
+                index += [i] * len(together)
+        if batch:
+            events += self._sample(batch, logits[torch.tensor(index, device=logits.device)])
+        for group in dict.fromkeys(lane.owner for lane in ready if isinstance(lane.owner, BeamGroup)):
+            rows = [ready[lane] for lane in group.lanes[: len(group.search.running)]]
             events += self._advance_beams(group, logits[rows])
         return events
 
-    def _share(self, first: Continuation, logits: Tensor) -> None:
-        """Hand the state after the prompt to the other continuations of the same request."""
+    def _fork_siblings(self, first: Continuation) -> list[Continuation]:
+        """Let the other samples of a request go on from the state after its prompt. Those that find no row wait, and then have most of
+        the prompt from the cache."""
         others = self._siblings.pop(first, [])
-        if others:
+        forked = others[: self._lanes.available]
+        for continuation in forked:
+            continuation.lane = self._lanes.take(continuation, [])
             assert first.lane is not None
-            shared = self._lanes.snapshot(first.lane), logits.clone()
-            self._shared |= dict.fromkeys(others, shared)
-            self._waiting.extendleft(reversed(others))
+            self._lanes.fork(first.lane, continuation.lane)
+        self._waiting.extendleft(reversed(others[len(forked) :]))
+        return forked
 
     def _sample(self, batch: list[Continuation], logits: Tensor) -> list[Event]:
-        if self._sampler is None or self._sampler[0] != batch:
-            histories = [History(c.task.prompt, c.ids) for c in batch]
-            self._sampler = batch, Sampler([c.params for c in batch], histories, logits)
-        sampler = self._sampler[1]
-        chosen = sampler.sample(constrain(logits, [c.matcher for c in batch]), [c.uniform() for c in batch])
-        sampler.observe(chosen)
-        ids: list[int] = chosen.tolist()
-        reports = self._report(batch, logits, ids)
+        """The next token of each continuation, from logits [B, V]."""
+        ids, reports = self._chooser.choose(batch, logits)
         events = []
         for continuation, token, report in zip(batch, ids, reports, strict=True):
+            if token == NOT_FINITE:
+                events += self._fail(continuation)
+                continue
             assert continuation.lane is not None
             event = continuation.accept(token, report)
             events.append(event)
             if event.result is None:
                 continuation.lane.ids.append(token)
             else:
+                self._lanes.keep([continuation.lane])
                 self._end(continuation)
+        self._stats.generated_tokens += len(batch)
         return events
-
-    def _report(self, batch: Sequence[Continuation], logits: Tensor, ids: Sequence[int]) -> list[TokenLogprob | None]:
-        """Log-probabilities for those who asked."""
-        asked = [i for i, c in enumerate(batch) if c.params.logprobs or c.params.top_logprobs]
-        reports: list[TokenLogprob | None] = [None] * len(batch)
-        if asked:
-            found = token_logprobs(logits[asked], [ids[i] for i in asked], [batch[i].params.top_logprobs for i in asked])
-            for i, report in zip(asked, found, strict=True):
-                reports[i] = report
-        return reports
 
     def _advance_beams(self, group: BeamGroup, logits: Tensor) -> list[Event]:
         for source, target in group.advance(logits):
@@ -289,6 +288,7 @@ class Engine:
             lane.ids.append(hypothesis.ids[-1])
         for lane in group.lanes[len(running) :]:
             lane.ids = lane.ids[: lane.fed]
+        self._stats.generated_tokens += 1
         if not group.search.done:
             return []
         self._end(group)
@@ -296,12 +296,11 @@ class Engine:
 
     def _fail(self, job: Job) -> list[Event]:
         """End a job whose logits are not finite, and leave nothing of it in the state."""
-        for lane in job.lanes if isinstance(job, BeamGroup) else [job.lane]:
-            if lane is not None:
-                self._lanes.scrub(lane)
+        for lane in _lanes_of(job):
+            self._lanes.scrub(lane)
         jobs = [job, *self._siblings.pop(job, [])] if isinstance(job, Continuation) else [Continuation(job.task, 0, None)]
         self._end(job)
-        results = [continuation.result("error", NOT_FINITE) for continuation in jobs]
+        results = [continuation.result("error", DAMAGED) for continuation in jobs]
         return [Event(result.request, result.index, None, "", None, result) for result in results]
 
     # Conveniences.
@@ -333,5 +332,11 @@ class Engine:
         return sorted(results, key=lambda result: (result.request, result.index))
 
 
-def _width(job: Job) -> int:
-    return job.task.params.beams if isinstance(job, BeamGroup) else 1
+def _lanes_of(job: Job) -> list[Lane]:
+    lanes = job.lanes if isinstance(job, BeamGroup) else [job.lane]
+    return [lane for lane in lanes if lane is not None and lane.live]
+
+
+def _age(lane: Lane) -> tuple[int, int]:
+    """Requests in the order in which they came, the samples of one in theirs."""
+    return lane.owner.task.number, getattr(lane.owner, "index", 0)

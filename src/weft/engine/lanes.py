@@ -1,23 +1,37 @@
 """Rows of decode state, and what runs in them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from weft.engine.budget import default_memory, plan_memory
+from weft.engine.prefix import Chain, Hit, PrefixCache, numeric_mode
 from weft.nn import Arena, Model, Runner
+
+FIRST_TOKENS = 1024
+FREE_GROWTH = 8
 
 
 @dataclass(eq=False)
 class Lane:
-    """One row at work: `ids` are the prompt and all that was generated, the first `fed` of them are in the row's state."""
+    """One row at work: `ids` are the prompt and all that was generated, the first `fed` of them are in the row's state.
+
+    start  tokens that the lane began with: the prompt, and after a preemption what had been generated.
+    chain  hashes of the text's full blocks, as far as they were needed; `known` of them were handed to the cache.
+    """
 
     owner: Any
     row: int
     ids: list[int]
     fed: int = 0
+    start: int = 0
+    chain: Chain = field(default_factory=list)
+    known: int = 0
+    snapshot: bytes | None = None
+    live: bool = True
 
     @property
     def pending(self) -> int:
@@ -25,145 +39,205 @@ class Lane:
 
 
 class Lanes:
-    """An arena that grows and shrinks with the work, its rows lent to lanes.
+    """A paged arena within a byte budget, its rows lent to lanes. `active[i]` is the lane in row i: rows at work are the first ones.
 
     limit    most rows at a time.
+    chunk    most tokens a row is fed in one pass.
     context  longest sequence.
-    reuse    a row that was given back keeps its state; a prompt that begins with the same tokens continues from there.
+    memory   bytes for all decode state; None takes a share of what the machine has left.
+    page     tokens a page.
+    cache    whether state of text that was read is looked for in, and kept for, other requests.
     """
 
-    def __init__(self, model: Model, limit: int, chunk: int, context: int, reuse: bool) -> None:
-        self.model, self.limit, self.context, self.reuse = model, limit, context, reuse
+    def __init__(
+        self, model: Model, limit: int, chunk: int, context: int, memory: int | None = None, page: int = 64, cache: bool = True
+    ) -> None:
+        self.model, self.context, self.page = model, context, page
         self.chunk = min(chunk, context)
+        self.device = model.embed.weight.device
+        self.memory = default_memory(self.device) if memory is None else memory
+        self.arena = Arena(model, 1, self._capacity(1), self.chunk, page=page, num_pages=1)
+        plan = plan_memory(self.arena, limit, self.context, self.memory)
+        self.limit = plan.rows
+        self.has_pages = self.arena.page_bytes > 0
+        self.max_pages = plan.pages if self.has_pages else limit * -(-context // page)
+        self.arena.allow_pages(self.max_pages, max(-(-FIRST_TOKENS // page), self.max_pages // FREE_GROWTH))
+        self.cache = PrefixCache(self.arena, page, numeric_mode(model, self.arena), plan.snapshot_bytes, cache)
+        self.cached_tokens = 0
         self.active: list[Lane] = []
-        self._held: dict[int, list[int]] = {}
-        self._adopt(Arena(model, 1, self._capacity(1), self.chunk))
+        self._runner = Runner(model, self.arena)
+        self._has_rings = any(leaf.kind == "ring" for leaf in self.arena.leaves.values())
+        self._ones: dict[int, Tensor] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
-    def _adopt(self, arena: Arena) -> None:
-        self.arena = arena
-        self._runner = Runner(self.model, arena)
+    # Rows.
 
     @property
     def available(self) -> int:
         return self.limit - len(self.active)
 
-    def take(self, owner: Any, ids: Sequence[int], waiting: int = 1) -> Lane:
-        """Lend a row to a prompt. `waiting` lanes are about to be taken, this one included: rows are made for all of them at once."""
-        assert self.available > 0
-        wanted = min(self.limit, len(self.active) + waiting)
-        if wanted > self.arena.rows:
-            self._resize(wanted, self.arena.max_len, list(range(self.arena.rows)))
-        busy = {lane.row for lane in self.active}
-        free = [row for row in range(self.arena.rows) if row not in busy]
-        usable = {row: self._usable(row, ids) for row in free}
-        # Of rows that serve equally well take one that holds nothing, so that what others hold can be used again.
-        row = max(free, key=lambda row: (usable[row], row not in self._held, -row))
-        self._held.pop(row, None)
-        if usable[row]:
-            self.arena.lens[row] = usable[row]
-        else:
-            self.arena.reset([row])
-        lane = Lane(owner, row, list(ids), usable[row])
+    def find(self, ids: Sequence[int], chain: Chain) -> Hit:
+        """What the cache has of a prompt."""
+        return self.cache.find(ids, chain)
+
+    def has_room(self, length: int, hit: Hit) -> bool:
+        """Whether a prompt of `length` tokens can be read, and every row at work go on to another page, without anybody being preempted."""
+        table = self.arena.pages
+        shared = sum(table.references[page] > 0 for page in hit.pages)
+        growth = self.arena.max_pages - self.arena.num_pages
+        return -(-(length + 1) // self.page) - shared + len(self.active) <= table.num_available + growth
+
+    def take(self, owner: Any, ids: Sequence[int], hit: Hit = Hit(), chain: Chain | None = None) -> Lane:
+        """Lend a row to a prompt of which the cache has `hit`."""
+        row = len(self.active)
+        assert row < self.limit
+        self._make_rows(row + 1, hit.length)
+        self.arena.attach(row, hit.pages, hit.length, hit.copy)
+        self.cached_tokens += hit.length
+        lane = Lane(owner, row, list(ids), hit.length, len(ids), [] if chain is None else chain, hit.length // self.page)
         self.active.append(lane)
         return lane
 
-    def _usable(self, row: int, ids: Sequence[int]) -> int:
-        """How many tokens of the prompt a free row's state already covers: at most all but one, whose logits are wanted."""
-        held = self._held.get(row, [])
-        common = 0
-        for ours, theirs in zip(ids[:-1], held, strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        back = len(held) - common
-        for leaf in self.arena.leaves.values():
-            # A fixed state cannot go back, and a ring only until it has overwritten what its window would need.
-            if back and (leaf.kind == "fixed" or (leaf.kind == "ring" and back > self.chunk)):
-                return 0
-        return common
+    def _make_rows(self, rows: int, length: int) -> None:
+        arena = self.arena
+        if rows > arena.rows:
+            arena.resize(min(self.limit, max(rows, 2 * arena.rows)), max(arena.max_len, self._capacity(length)))
+        elif length > arena.max_len or (rows == 1 and self._has_rings and arena.max_len > 2 * self._capacity(length)):
+            arena.resize(arena.rows, self._capacity(length))  # alone, a row need not read as long a ring as those before it
 
     def give_back(self, lane: Lane) -> None:
-        self.active.remove(lane)
-        if self.reuse and not any(leaf.kind == "static" for leaf in self.arena.leaves.values()):
-            self._held[lane.row] = lane.ids[: lane.fed]
+        """End a lane and free its pages; the last lane moves to its row."""
+        last = self.active.pop()
+        if last is lane:
+            self.arena.reset([lane.row])
+        else:
+            self.arena.move(last.row, lane.row)
+            self.active[lane.row], last.row = last, lane.row
+        lane.live = False
 
     def scrub(self, lane: Lane) -> None:
-        """Clear a row of numbers that are not finite: masked entries are multiplied by zero, and zero times infinity is not zero."""
-        for name, buffer in self.arena.named_buffers():
-            if name not in ("lens", "table"):
-                buffer[lane.row] = 0
+        """Clear a lane's state of numbers that are not finite."""
+        self.cache.forget(self.arena.pages.owned[lane.row])
+        self.arena.scrub(lane.row)
 
     def fork(self, lane: Lane, target: Lane) -> None:
         """Make a lane's state and tokens a copy of another's."""
         if lane is not target:
             self.arena.fork(lane.row, target.row)
             target.ids, target.fed = list(lane.ids), lane.fed
-
-    def snapshot(self, lane: Lane) -> dict[Any, Tensor]:
-        return self.arena.snapshot(lane.row)
-
-    def restore(self, lane: Lane, copy: dict[Any, Tensor]) -> None:
-        self._reserve(int(copy["lens"]))
-        self.arena.restore(lane.row, copy)
-        lane.fed = int(copy["lens"])
+            target.chain, target.known = list(lane.chain), lane.known
 
     def prime(self, lane: Lane, memory: Tensor) -> None:
         """Write the state of cross-attention from a memory [S, M]."""
-        weight = self.model.embed.weight
-        rows = torch.tensor([lane.row], device=weight.device)
-        self.arena.prime(memory[None].to(weight), torch.tensor([memory.shape[0]], device=weight.device), rows)
+        rows = torch.tensor([lane.row], device=self.device)
+        self.arena.prime(memory[None].to(self.model.embed.weight), torch.tensor([memory.shape[0]], device=self.device), rows)
+
+    # Feeding.
+
+    def reserve(self, lane: Lane, count: int) -> None:
+        """Make room for the lane's next `count` tokens. Raises PagesExhausted where there is none."""
+        length = lane.fed + count
+        if length > self.arena.max_len:
+            self.arena.resize(self.arena.rows, self._capacity(length))
+        self.arena.reserve({lane.row: length}, {lane.row: lane.fed})
+
+    def next_count(self, lane: Lane) -> int:
+        """Tokens of a prompt to feed in one pass: up to a multiple of the chunk size, so that the bounds depend on the request alone.
+        Where the cache needs snapshots, also to the end of the last full page that leaves a token to be computed."""
+        count = min(lane.pending, self.chunk - lane.fed % self.chunk)
+        if self.cache.enabled and self.cache.snapshots_needed:
+            bound = (len(lane.ids) - 1) // self.page * self.page
+            if lane.fed < bound:
+                count = min(count, bound - lane.fed)
+        return count
 
     def feed_chunks(self, lanes: Sequence[Lane]) -> Tensor:
-        """Feed each lane up to the next multiple of the chunk size, counted from its own start; logits [B, V] after its last token."""
-        counts = [min(lane.pending, self.chunk - lane.fed % self.chunk) for lane in lanes]
+        """Feed each lane its next chunk, for which room was reserved; logits [B, V] after its last token."""
+        counts = [self.next_count(lane) for lane in lanes]
         tokens = torch.zeros(len(lanes), max(counts), dtype=torch.long)
         for i, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
             tokens[i, :count] = torch.tensor(lane.ids[lane.fed : lane.fed + count])
-        self._reserve(max(lane.fed + count for lane, count in zip(lanes, counts, strict=True)))
-        device = self.arena.lens.device
-        rows = torch.tensor([lane.row for lane in lanes], device=device)
-        logits: Tensor = self._runner(tokens.to(device), torch.tensor(counts, device=device), rows)
+        n_new = torch.tensor(counts, device=self.device)
+        logits: Tensor = self._runner(tokens.to(self.device), n_new, self._rows(lanes), self._columns(lanes, max(counts)))
         for lane, count in zip(lanes, counts, strict=True):
-            lane.fed += count
+            self.advance(lane, count)
         return logits
 
     def feed_single(self, lanes: Sequence[Lane]) -> Tensor:
-        """Feed one token to each lane; logits [B, V]. The whole arena runs, its other rows idle, so that no state is gathered."""
-        tokens, counts = [[0]] * self.arena.rows, [0] * self.arena.rows
-        self._reserve(1 + max(lane.fed for lane in lanes))
+        """Feed one token to each lane, for which room was reserved; logits [B, V]."""
+        chosen, fed = None, lanes
+        if self._has_rings and lanes[-1].row >= len(lanes):
+            # Rings of rows named one by one are copied; that all rows run, some of them idle, costs less.
+            fed, chosen = self.active, self._index(tuple(lane.row for lane in lanes))
+        tokens = torch.tensor([[lane.ids[lane.fed] if lane.pending else 0] for lane in fed], device=self.device)
+        counts = self._counts(len(lanes)) if chosen is None else torch.zeros_like(tokens[:, 0]).index_fill_(0, chosen, 1)
+        logits: Tensor = self._runner(tokens, counts, self._rows(fed), self._columns(lanes, 1))
         for lane in lanes:
-            tokens[lane.row], counts[lane.row] = [lane.ids[lane.fed]], 1
-        device = self.arena.lens.device
-        logits: Tensor = self._runner(torch.tensor(tokens, device=device), torch.tensor(counts, device=device))
-        for lane in lanes:
-            lane.fed += 1
-        order = [lane.row for lane in lanes]
-        return logits if order == list(range(self.arena.rows)) else logits[torch.tensor(order, device=device)]
+            self.advance(lane, 1)
+        return logits if chosen is None else logits[chosen]
 
-    def _reserve(self, length: int) -> None:
-        if length > self.arena.max_len:
-            self._resize(self.arena.rows, self._capacity(length), list(range(self.arena.rows)))
+    def advance(self, lane: Lane, count: int) -> None:
+        """`count` more tokens of a lane are in its state."""
+        lane.fed += count
 
-    def shrink(self) -> None:
-        """Drop idle rows where they are half of all or more: each costs a row's work at every token."""
-        if self.reuse or 2 * len(self.active) > self.arena.rows or self.arena.rows == 1:
+    def keep(self, lanes: Sequence[Lane]) -> None:
+        """Hand what these lanes have read to the cache."""
+        if not self.cache.enabled:
             return
-        keep = [lane.row for lane in self.active]
-        longest = max((lane.fed for lane in self.active), default=1)
-        self._resize(max(1, len(keep)), self._capacity(longest), keep)
-        for row, lane in enumerate(self.active):
-            lane.row = row
+        for lane in lanes:
+            blocks = lane.fed // self.page
+            if blocks > lane.known and lane.live:
+                self.cache.extend(lane.chain, lane.ids[: lane.fed])
+                lane.known = self.cache.keep(lane.row, lane.chain, lane.known, lane.fed)
+                if self.cache.snapshots_needed and lane.fed % self.page == 0:
+                    self._snapshot(lane)
 
-    def _resize(self, rows: int, max_len: int, keep: list[int]) -> None:
-        arena = Arena(self.model, rows, max_len, self.chunk)
-        for target, row in enumerate(keep):
-            arena.restore(target, self.arena.snapshot(row))
-        self._adopt(arena)
+    def _snapshot(self, lane: Lane) -> None:
+        """A text under way needs one snapshot, its latest; those at the bounds of the prompt's chunks stay for other texts."""
+        name = lane.chain[lane.known - 1]
+        self.cache.take_snapshot(lane.row, name, lane.snapshot)
+        lane.snapshot = name if lane.fed > lane.start else None
+
+    def _rows(self, lanes: Sequence[Lane]) -> Tensor | int:
+        """How a pass names these lanes' rows: a number where they are the first ones in order, so that nothing is gathered."""
+        rows = tuple(lane.row for lane in lanes)
+        return len(rows) if rows == tuple(range(len(rows))) else self._index(rows)
+
+    def _index(self, rows: tuple[int, ...]) -> Tensor:
+        if rows not in self._indices:
+            if len(self._indices) >= 64:
+                self._indices.clear()
+            self._indices[rows] = torch.tensor(rows, device=self.device)
+        return self._indices[rows]
+
+    def _counts(self, batch: int) -> Tensor:
+        if batch not in self._ones:
+            self._ones[batch] = torch.ones(batch, dtype=torch.long, device=self.device)
+        return self._ones[batch]
+
+    def _columns(self, lanes: Sequence[Lane], count: int) -> int:
+        """Columns of the page table for a pass of up to `count` tokens."""
+        longest = max(lane.fed for lane in lanes) + count
+        return min(-(-self._bucket(longest) // self.page), self.arena.table.shape[1])
+
+    def _bucket(self, length: int) -> int:
+        """Keys that a pass over sequences of this length reads: a multiple of 128, or of an eighth of the length where that is more."""
+        step = max(128, 1 << max(0, length.bit_length() - 3))
+        return -(-length // step) * step
 
     def _capacity(self, length: int) -> int:
-        """Entries to keep for sequences of this length.
+        """Tokens to be ready for, where sequences have this length."""
+        return min(self._bucket(length + 1) - 1, self.context)  # with the slot that collects padding, a ring is a bucket long
 
-        With the arena's slot for padding, a multiple of 128, or of an eighth of the length where that is more.
-        """
-        step = max(128, 1 << max(0, length.bit_length() - 3))
-        return min(-(-(length + 1) // step) * step - 1, self.context)
+    @property
+    def bytes_used(self) -> int:
+        """Of running rows, and of snapshots."""
+        return (
+            self.arena.pages.num_used * self.arena.page_bytes
+            + len(self.active) * self.arena.row_bytes(self.context)
+            + self.cache.snapshot_bytes
+        )
+
+    @property
+    def bytes_allocated(self) -> int:
+        return self.arena.bytes() + self.cache.snapshot_bytes

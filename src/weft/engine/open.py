@@ -20,12 +20,13 @@ def open_engine(
     device: str = "auto",
     dtype: str = "auto",
     rows: int = 16,
-    reuse: bool = False,
     chat: bool = False,
+    memory: int | None = None,
 ) -> Engine:
     """An engine for a pulled model's name, a model folder or a GGUF file, with its own tokenizer.
 
     device, dtype  as `--device` and `--dtype` take them.
+    memory         bytes for decode state, as Engine takes it.
     chat           refuse, before any weights are read, a model without a chat template.
     Raises UserError where the model cannot be had or used.
     """
@@ -37,7 +38,7 @@ def open_engine(
             "-p '…', or chat with another model."
         )
     where = pick_device(device)
-    return Engine(load_weights(checkpoint, where, pick_dtype(dtype, where)), tokenizer, rows=rows, reuse=reuse)
+    return Engine(load_weights(checkpoint, where, pick_dtype(dtype, where)), tokenizer, rows=rows, memory=memory)
 
 
 def generation_defaults(source: str | Path) -> dict[str, Any]:

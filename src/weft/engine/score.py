@@ -12,6 +12,7 @@ from weft.errors import UserError
 from weft.nn import Arena, Model
 
 HEAD_TOKENS = 64
+PAGE = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def _score_batch(model: Model, texts: Sequence[Sequence[int]], chunk: int, memor
     longest = max(map(len, texts))
     chunk = min(chunk, longest)
     device = model.embed.weight.device
-    arena = Arena(model, len(texts), longest, chunk)
+    # Pages, as in the engine, so that the kernels that score are those that generate.
+    arena = Arena(model, len(texts), longest, chunk, page=PAGE)
+    arena.reserve({row: len(text) for row, text in enumerate(texts)}, dict.fromkeys(range(len(texts)), 0))
     if memory is not None:
         entries = torch.nn.utils.rnn.pad_sequence(list(memory), batch_first=True).to(model.embed.weight)
         arena.prime(entries, torch.tensor([len(each) for each in memory], device=device))

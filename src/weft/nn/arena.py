@@ -1,6 +1,6 @@
 """The arena: every byte of decode state, for every row and layer. The model owns none."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Arena(nn.Module):
         if page is not None:
             columns = -(-max_len // page)
             self.num_pages = RESERVED + (rows * columns if num_pages is None else num_pages)
-            self.max_pages = max(self.num_pages, RESERVED + (max_pages or 0))
+            self.allow_pages(max_pages or 0)
             self.pages = PageTable(self.num_pages, page, rows)
             self.register_buffer("table", torch.zeros(rows, columns, dtype=torch.long, device=weight.device), persistent=False)
         for key, leaf in self.leaves.items():
@@ -195,13 +195,25 @@ class Arena(nn.Module):
             needed = self.pages.needed(row, committed[row], length)
             if needed == 0:
                 continue
-            while self.pages.num_free < needed and self.num_pages < self.max_pages:
+            while self.pages.num_free < needed and self._should_grow(needed):
                 self._grow_pool()
             for source, target in self.pages.reserve(row, committed[row], length):
                 for key, leaf in self.leaves.items():
                     if self._is_paged(leaf):
                         self._buffer(key)[target] = self._buffer(key)[source]
             self._write_table(row)
+
+    def allow_pages(self, most: int, freely: int | None = None) -> None:
+        """Let the pool grow to `most` pages; beyond `freely` only where pages in use are more than half of it, or it has no other:
+        else pages that are merely kept are taken back first."""
+        self.max_pages = max(self.num_pages, RESERVED + most)
+        self._free_growth = self.max_pages if freely is None else RESERVED + freely
+
+    def _should_grow(self, needed: int) -> bool:
+        if self.num_pages >= self.max_pages:
+            return False
+        pages = self.pages
+        return self.num_pages < self._free_growth or pages.num_available < needed or 2 * (pages.num_used + needed) > self.num_pages
 
     @torch.no_grad()
     def _grow_pool(self) -> None:
@@ -269,6 +281,18 @@ class Arena(nn.Module):
         """Make row `target` a copy of row `source`. In a paged arena pages are shared until one of the two writes."""
         if self.page is not None:
             self.pages.fork(source, target, int(self.lens[source]))
+        self._copy_row(source, target)
+
+    @torch.no_grad()
+    def move(self, source: int, target: int) -> None:
+        """Put row `source`, with all room that was reserved for it, in the place of row `target`, and start `source` anew."""
+        if self.page is not None:
+            self.pages.move(source, target)
+        self._copy_row(source, target)
+        self.reset([source])
+
+    def _copy_row(self, source: int, target: int) -> None:
+        if self.page is not None:
             self._write_table(target)
         for key, leaf in self.leaves.items():
             if not self._is_paged(leaf):
@@ -304,7 +328,7 @@ class Arena(nn.Module):
         self._restore_unpaged(row, copy)
 
     @torch.no_grad()
-    def attach(self, row: int, pages: list[int], length: int, copy: Copy | None = None) -> None:
+    def attach(self, row: int, pages: Sequence[int], length: int, copy: Copy | None = None) -> None:
         """Begin a row with `length` tokens of state that lie in these pages of others, and for leaves that are kept a row in a snapshot
         taken with paged=False at that length."""
         if self.page is not None:
@@ -342,6 +366,22 @@ class Arena(nn.Module):
                 self._buffer(key)[own] = 0
             else:
                 self._buffer(key)[row] = 0
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all leaves that have pages."""
+        return sum(leaf.num_bytes(self.page or 0, self.dtype.itemsize) for leaf in self.leaves.values() if self._is_paged(leaf))
+
+    def row_bytes(self, max_len: int) -> int:
+        """Bytes that a row for sequences of max_len tokens keeps for itself, outside of pages."""
+        total = 0
+        for leaf in self.leaves.values():
+            if leaf.kind == "ring":
+                assert leaf.window is not None
+                total += leaf.num_bytes(1, self.dtype.itemsize) * (min(leaf.window - 1 + self.max_chunk, max_len) + 1)
+            elif not self._is_paged(leaf):
+                total += leaf.num_bytes(max_len, self.dtype.itemsize)
+        return total
 
     def bytes(self) -> int:
         """Bytes of all buffers."""

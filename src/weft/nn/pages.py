@@ -101,6 +101,11 @@ class PageTable:
         """Let `target` share every page of `source` that holds a committed token, the half-filled last one included."""
         self.share(target, self.owned[source][: -(-committed // self.page)])
 
+    def move(self, source: int, target: int) -> None:
+        """Hand all pages of `source` to `target`, those that are reserved included."""
+        self.release(target)
+        self.owned[target], self.owned[source] = self.owned[source], []
+
     def forget(self, page: int) -> None:
         """Nobody will want a kept page's content again."""
         self.kept.discard(page)

@@ -110,7 +110,7 @@ def _stream_mistake(ids: list[int], text: str, result: Result, whole: Result) ->
 def kept_state_equals_fresh(subject: Subject) -> Outcome:
     """Prompts that begin as an earlier one did, answered from the state kept of it, against a fresh engine."""
     params = _greedy(subject)
-    engine = Engine(subject.model, subject.tokenizer, rows=2, reuse=True)
+    engine = Engine(subject.model, subject.tokenizer, rows=2, page=8)
     comparison = Comparison(subject, "from kept state", "fresh")
     asked = 0
     for prompt in subject.longest(3):

@@ -1,11 +1,10 @@
-"""The engine at work: streaming, stops, cancelling, contexts, kept state, broken models."""
+"""The engine at work: streaming, stops, cancelling, contexts, broken models."""
 
 import pytest
 import torch
-from engine_cases import VOCAB, drift, llama, memory_for, model_of, prompts, random_ids, same_ids
+from engine_cases import VOCAB, drift, llama, model_of, prompts, random_ids, same_ids
 
 from weft.engine import Engine, Request, SamplingParams
-from weft.engine.lanes import Lanes
 from weft.errors import UserError
 from weft.nn import build
 from weft.tokenizer import Tokenizer
@@ -125,15 +124,6 @@ def test_long_texts_outgrow_the_first_arena():
     assert Engine(model, chunk=512).generate([Request(prompt, SamplingParams(max_tokens=150))])[0].ids == greedy_by_hand(model, prompt, 150)
 
 
-@pytest.mark.parametrize("name", ["gqa", "window", "everything"])
-def test_growing_and_shrinking_keep_the_state(name, monkeypatch):
-    model = model_of(name)
-    requests = [Request(p, SamplingParams(max_tokens=6 + 5 * n, logprobs=True), memory_for(name, n)) for n, p in enumerate(prompts())]
-    right = Engine(model, rows=7, chunk=7).generate(requests)
-    monkeypatch.setattr(Lanes, "_capacity", lambda lanes, length: min(length + 2, lanes.context))
-    assert drift(Engine(model, rows=7, chunk=7).generate(requests), right) < 1e-10
-
-
 def test_requests_may_come_and_go_while_others_run():
     model = llama()
     texts = prompts(97)
@@ -179,62 +169,6 @@ def test_who_stops_listening_stops_the_work():
     engine.submit(Request([1], GREEDY))
     with pytest.raises(UserError, match="busy"):
         engine.generate([Request([1, 2], GREEDY)])
-
-
-# state kept between requests
-
-
-@pytest.mark.parametrize("name", ["gqa", "window", "mamba", "hybrid", "cross"])
-def test_kept_state_gives_what_a_fresh_engine_gives(name):
-    model, memory = model_of(name), memory_for(name, 1)
-    engine = Engine(model, rows=1, chunk=7, reuse=True)
-    kept = []
-    take = engine._lanes.take
-
-    def watched(*arguments):
-        lane = take(*arguments)
-        kept.append(lane.fed)
-        return lane
-
-    engine._lanes.take = watched
-    text = random_ids(20, 4)
-    for turn in range(4):
-        request = Request(list(text), GREEDY, memory)
-        ours, fresh = engine.generate([request]), Engine(model, chunk=7).generate([request])
-        assert drift(ours, fresh) < 1e-10
-        # All was kept but the last generated token, which had not been fed, and the five new ones.
-        assert kept[-1] == (len(text) - 6 if turn and name != "cross" else 0)
-        text += [*ours[0].ids, *random_ids(5, 50 + turn)]
-    changed = Request([*text[:13], 3, 3, 3], GREEDY, memory)
-    for _ in range(2):
-        assert drift(engine.generate([changed]), Engine(model, chunk=7).generate([changed])) < 1e-10
-    # The ring has moved on too far, a recurrence cannot go back, and the memory may be another one.
-    assert (kept[-2] >= 13) == (name == "gqa")
-
-
-def test_a_ring_rewinds_as_far_as_it_can():
-    model = model_of("window")
-    engine = Engine(model, rows=1, chunk=7, reuse=True)
-    text = random_ids(30, 6)
-    engine.generate([Request(text, SamplingParams(max_tokens=2))])  # 31 tokens are in the state
-    for back in (7, 3, 5, 1, 7):
-        held = engine._lanes._held[0]
-        request = Request([*held[: len(held) - back], *random_ids(4, back)], GREEDY)
-        assert engine._lanes._usable(0, request.prompt) >= len(held) - back
-        assert drift(engine.generate([request]), Engine(model, chunk=7).generate([request])) < 1e-10
-    held = engine._lanes._held[0]
-    assert engine._lanes._usable(0, [*held[:-8], 1 - held[-8] % 2, 5]) == 0
-
-
-def test_several_kept_rows_serve_the_prompts_they_fit():
-    model = llama()
-    engine = Engine(model, rows=2, reuse=True)
-    first, second = random_ids(30, 1, 97), random_ids(30, 2, 97)
-    engine.generate([Request(first, GREEDY), Request(second, GREEDY)])
-    longest = [max(engine._lanes._usable(row, text) for row in (0, 1)) for text in (first, second)]
-    assert longest == [29, 29]
-    requests = [Request([*second, 4, 5], GREEDY), Request([*first, 6], GREEDY)]
-    assert drift(engine.generate(requests), Engine(model).generate(requests)) < 1e-10
 
 
 # broken models
