@@ -30,17 +30,18 @@ class Piece:
 class Choice:
     """One continuation on its way to the client: its text and calls, and the log-probabilities of the tokens shown so far."""
 
-    def __init__(self, tokenizer: Tokenizer, calls: bool) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, calls: bool, constrained: bool) -> None:
+        self._ends = frozenset(tokenizer.eos_ids)
+        self._decoder = tokenizer.stream_decoder(whole_text=not constrained)
         self._splitter = CallSplitter() if calls else None
         self._waiting: list[tuple[int, TokenLogprob]] = []
-        self._position = self._shown = 0
+        self._decoded = self._shown = 0
         self.text, self.calls, self.logprobs = "", list[Call](), list[TokenLogprob]()
         self.result: Result | None = None
 
     def take(self, event: Event) -> Piece:
         self._note(event)
-        self._shown += len(event.text.encode())
+        self._shown += len(event.text)
         text, calls = event.text, list[Call]()
         if self._splitter is not None:
             text, calls = self._splitter.push(event.text, final=event.result is not None)
@@ -54,13 +55,10 @@ class Choice:
 
     def _note(self, event: Event) -> None:
         # A token counts where any of its text is shown: those of a stop text, and end tokens, do not.
-        if event.logprob is None or event.token is None or event.token in self._tokenizer.eos_ids:
+        if event.logprob is None or event.token is None or event.token in self._ends:
             return
-        data = self._tokenizer.token_bytes(event.token)
-        if self._position == 0 and self._tokenizer.style == "sentencepiece" and data.startswith(b" ") and not event.text.startswith(" "):
-            self._position = -1  # the space that marks a first word is not shown
-        self._waiting.append((max(self._position, 0), event.logprob))
-        self._position += len(data)
+        self._waiting.append((self._decoded, event.logprob))
+        self._decoded += len(self._decoder.push(event.token))
 
     @property
     def reason(self) -> str:

@@ -126,6 +126,10 @@ def _answer_errors(inner: FastAPI) -> None:
         message = messages.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()
 
+    async def own_fault(_: Request, error: Any) -> Response:
+        return ApiError(500, f"the server failed on this request ({type(error).__name__}); its log has the details.").response()
+
+    inner.add_exception_handler(Exception, own_fault)
     inner.add_exception_handler(ApiError, api_error)
     inner.add_exception_handler(UserError, user_error)
     inner.add_exception_handler(RequestValidationError, invalid)

@@ -64,7 +64,7 @@ class Endpoints:
         frame = Frame(worker.name, worker.tokenizer)
         with worker.place(count):
             prepared = await run_in_threadpool(prepare.chat, worker, body)
-            choices = [Choice(worker.tokenizer, prepared.calls) for _ in range(count)]
+            choices = _choices(worker, [prepared])
             begun: set[int] = set()
             async with aclosing(self._events(worker, [prepared])) as events:
                 async for index, event in events:
@@ -95,9 +95,9 @@ class Endpoints:
 
     async def _stream_completions(self, worker: Worker, body: schema.CompletionRequest, count: int) -> Chunks:
         frame = Frame(worker.name, worker.tokenizer)
-        choices = [Choice(worker.tokenizer, calls=False) for _ in range(count)]
         with worker.place(count):
             prepared = await run_in_threadpool(prepare.completions, worker, body)
+            choices = _choices(worker, prepared)
             async with aclosing(self._events(worker, prepared)) as events:
                 async for index, event in events:
                     offset = len(choices[index].text)
@@ -108,7 +108,7 @@ class Endpoints:
         yield frame.envelope("cmpl", "text_completion") | {"choices": [], "usage": answers.usage(results)}
 
     async def _collect(self, worker: Worker, prepared: Sequence[Prepared]) -> list[Choice]:
-        choices = [Choice(worker.tokenizer, each.calls) for each in prepared for _ in range(each.request.params.n)]
+        choices = _choices(worker, prepared)
         async with aclosing(self._events(worker, prepared)) as events:
             async for index, event in events:
                 choices[index].take(event)
@@ -142,10 +142,9 @@ class Endpoints:
     async def embeddings(self, body: schema.EmbeddingRequest, http: HttpRequest) -> Any:
         """OpenAI's embeddings: mean of the final hidden states, scaled to length 1."""
         worker = self.worker(body.model)
-        texts = isinstance(body.input, list) and not isinstance(body.input[0], int)
 
         async def answer() -> Json:
-            with worker.place(len(body.input) if texts else 1):
+            with worker.place(1):
                 prompts = await run_in_threadpool(prepare.prompt_ids, worker, body.input, "input")
                 for ids in prompts:
                     prepare.check_length(worker, ids, "input", room=0)
@@ -201,6 +200,11 @@ class Endpoints:
         """The text of tokens."""
         worker = self.worker(body.model)
         return Json({"prompt": await run_in_threadpool(worker.tokenizer.decode, body.tokens)})
+
+
+def _choices(worker: Worker, prepared: Sequence[Prepared]) -> list[Choice]:
+    params = [(each, each.request.params) for each in prepared]
+    return [Choice(worker.tokenizer, each.calls, its.constrained) for each, its in params for _ in range(its.n)]
 
 
 def _check_result(event: Event, prepared: Prepared) -> None:

@@ -1,6 +1,7 @@
 """The process: from models' names to a server that runs until it is told to stop, and stops well."""
 
 import asyncio
+import contextlib
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weft.engine.open import open_engine
 from weft.errors import UserError
@@ -18,6 +20,8 @@ from weft.serve.gate import LOCAL_HOSTS, Limits
 from weft.serve.metrics import Metrics
 from weft.serve.worker import Worker
 
+FIRST_REQUEST_S = 30.0
+MAX_FILES = 8192
 MODEL_NAME = re.compile(r"([\w.:-]+)=(.+)")
 
 
@@ -78,7 +82,17 @@ def serve(app: App, listener: socket.socket, options: Options, ready: Callable[[
 
 
 async def _serve(app: App, listener: socket.socket, options: Options, ready: Callable[[], None]) -> dict[str, Any]:
-    config = uvicorn.Config(app.asgi, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=5, server_header=False)
+    _allow_many_connections()
+    config = uvicorn.Config(
+        app.asgi,
+        http=_Protocol,
+        ws="none",
+        lifespan="on",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
     server = _Server(config)
     told = asyncio.Event()
     hurry = asyncio.Event()
@@ -124,13 +138,32 @@ async def _drain(app: App, grace_s: float, hurry: asyncio.Event) -> bool:
 class _Server(uvicorn.Server):
     """Leaves signals to us: uvicorn would end the process by the signal once it is done, and not with exit code 0."""
 
-    def install_signal_handlers(self) -> None:
-        return
-
     def capture_signals(self) -> Any:
-        import contextlib
-
         return contextlib.nullcontext()
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection on which no request has come."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(FIRST_REQUEST_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+def _allow_many_connections() -> None:
+    """Every connection is a file to the system, and the usual limit of 1024 of them is less than a thousand clients need."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def address(listener: socket.socket) -> str:
