@@ -8,7 +8,7 @@ from torch import Tensor
 from weft.engine.continuation import Continuation
 from weft.engine.grammar import constrain
 from weft.engine.request import TokenLogprob
-from weft.engine.sampler import History, Sampler, token_logprobs
+from weft.engine.sampler import History, Sampler, likeliest, token_logprobs
 
 NOT_FINITE = -1
 
@@ -23,7 +23,7 @@ class Chooser:
     def choose(self, batch: list[Continuation], logits: Tensor) -> tuple[list[int], list[TokenLogprob | None]]:
         """Ids for logits [B, V], NOT_FINITE where a row's logits are not finite numbers, and log-probabilities for those who asked."""
         if all(c.plain for c in batch):
-            peaks, chosen = logits.max(-1)
+            peaks, chosen = likeliest(logits)
         else:
             sampler = self.sampler(batch, logits)
             peaks = logits.amax(-1)

@@ -13,6 +13,8 @@ from torch import Tensor
 from weft.engine import filters
 from weft.engine.request import SamplingParams, TokenLogprob
 
+BLOCK = 64
+
 
 @dataclass(frozen=True)
 class History:
@@ -79,7 +81,7 @@ class Sampler:
         return self._distribution(self.penalise(logits))
 
     def _distribution(self, logits: Tensor) -> Tensor:
-        best = torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
+        best = torch.zeros_like(logits).scatter_(1, likeliest(logits)[1][:, None], 1.0)
         if self._all_greedy:
             return best
         heated = filters.heat(logits, torch.where(self._greedy, 1.0, self._column("temperature")))
@@ -92,7 +94,7 @@ class Sampler:
         """Ids [B] for logits [B, V], one number in [0, 1) a row (greedy rows do not use theirs)."""
         logits = self.penalise(logits)
         if self._all_greedy:
-            return logits.argmax(-1)
+            return likeliest(logits)[1]
         return filters.draw(self._distribution(logits), torch.tensor(uniforms, dtype=torch.float64))
 
     def observe(self, ids: Tensor) -> None:
@@ -101,6 +103,27 @@ class Sampler:
             self._seen.scatter_(1, ids[:, None], True)
         if self._counts is not None:
             self._counts.scatter_add_(1, ids[:, None], torch.ones_like(ids)[:, None])
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of logits [B, V] and its id, the lowest on a tie, each [B]; nan where a row has one.
+
+    Block by block, because torch finds maxima of blocks fast, and the place of one in a long row slowly.
+    """
+    logits = wide(logits)
+    vocab = logits.shape[-1]
+    whole = vocab - vocab % BLOCK
+    if vocab < BLOCK * BLOCK:
+        return logits.max(-1)[:2]
+    blocks = logits[:, :whole].view(-1, whole // BLOCK, BLOCK)
+    number = blocks.amax(-1).argmax(-1)
+    peak, offset = blocks[torch.arange(len(number), device=number.device), number].max(-1)
+    index = number * BLOCK + offset
+    if whole < vocab:
+        last, offset = logits[:, whole:].max(-1)
+        better = (last > peak) | (last.isnan() & ~peak.isnan())
+        peak, index = torch.where(better, last, peak), torch.where(better, whole + offset, index)
+    return peak, index
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from weft.engine import filters
 from weft.engine.random import uniform
 from weft.engine.request import SamplingParams
-from weft.engine.sampler import History, Sampler, token_logprobs
+from weft.engine.sampler import History, Sampler, likeliest, token_logprobs
 
 VOCAB = 29
 EMPTY = History([], [])
@@ -101,3 +101,18 @@ def test_log_probabilities_are_the_models_own():
     assert reports[0].top == ()
     assert [token for token, _ in reports[1].top][:2] == [4, 8]
     assert reports[2].top[0][0] == want[2].argmax().item()
+
+
+@pytest.mark.parametrize("vocab", [5, 4095, 4096, 5000, 50257])
+def test_the_likeliest_is_the_first_of_the_largest(vocab):
+    logits = torch.randint(0, 200, (7, vocab), generator=torch.Generator().manual_seed(vocab)).float()  # many ties
+    logits[3, vocab - 2 :] = 500.0
+    logits[4] = 1.0
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        peak, index = likeliest(logits.to(dtype))
+        assert torch.equal(peak.float(), logits.to(dtype).float().amax(-1))
+        assert torch.equal(index, logits.to(dtype).float().argmax(-1))
+    for place in (0, vocab // 2, vocab - 1):
+        damaged = logits.clone()
+        damaged[:, place] = torch.nan
+        assert likeliest(damaged)[0].isnan().all()
