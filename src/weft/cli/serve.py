@@ -30,6 +30,7 @@ class LimitOptions:
 
     rows: Annotated[int, typer.Option("--rows", help="Texts that a model generates at a time.", min=1)] = 16
     queue: Annotated[int, typer.Option("--queue", help="Texts that may wait; more are refused with 429.", min=0)] = 256
+    memory: Annotated[float | None, typer.Option("--memory", help="MB for decode state; by default a share of what is left.", min=1)] = None
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds that an answer may take.", min=0.001)] = 600.0
     body_limit: Annotated[float, typer.Option("--body-limit", help="Largest request, in MB.", min=0.001)] = 8.0
     grace: Annotated[float, typer.Option("--grace", help="Seconds for running answers to end when told to stop.", min=0)] = 30.0
@@ -54,12 +55,13 @@ def serve(
     given = Limits(
         api_keys=_keys(access.api_key),
         cors=tuple(access.cors or ()),
-        body_bytes=int(limits.body_limit * 1_000_000),
+        body_bytes=_bytes(limits.body_limit) or 0,
         request_s=limits.timeout,
         queue=limits.queue,
         local_only=server.is_local(access.host),
     )
-    options = server.Options(host=access.host, device=run.device, dtype=run.dtype, rows=limits.rows, grace_s=limits.grace, limits=given)
+    state = _bytes(limits.memory)
+    options = server.Options(run.device, run.dtype, limits.rows, state, limits.grace, given)
     app = server.open_app(models or ["smollm2-135m"], options)
     where, names = server.address(listener), list(app.workers)
 
@@ -72,6 +74,10 @@ def serve(
     say("stopped." if outcome["drained"] else "stopped; answers that took longer than the grace time were cut.")
     if json:
         emit_json({"event": "stopped", "address": where, **outcome})
+
+
+def _bytes(megabytes: float | None) -> int | None:
+    return None if megabytes is None else int(megabytes * 1_000_000)
 
 
 def _keys(given: list[str] | None) -> tuple[str, ...]:

@@ -18,12 +18,20 @@ DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A token of which text is shown, which begins at character `start` of its choice's text."""
+
+    start: int
+    entry: TokenLogprob
+
+
+@dataclass(frozen=True)
 class Piece:
     """What one event adds to a choice."""
 
     text: str
     calls: Sequence[Call]
-    logprobs: Sequence[TokenLogprob]
+    logprobs: Sequence[Shown]
     finish_reason: str | None
 
 
@@ -34,9 +42,9 @@ class Choice:
         self._ends = frozenset(tokenizer.eos_ids)
         self._decoder = tokenizer.stream_decoder(whole_text=not constrained)
         self._splitter = CallSplitter() if calls else None
-        self._waiting: list[tuple[int, TokenLogprob]] = []
+        self._waiting: list[Shown] = []
         self._decoded = self._shown = 0
-        self.text, self.calls, self.logprobs = "", list[Call](), list[TokenLogprob]()
+        self.text, self.calls, self.logprobs = "", list[Call](), list[Shown]()
         self.result: Result | None = None
 
     def take(self, event: Event) -> Piece:
@@ -46,7 +54,7 @@ class Choice:
         if self._splitter is not None:
             text, calls = self._splitter.push(event.text, final=event.result is not None)
         self.result = event.result
-        known = [entry for start, entry in self._waiting if start < self._shown]
+        known = [token for token in self._waiting if token.start < self._shown]
         self._waiting = self._waiting[len(known) :]
         self.text += text
         self.calls += calls
@@ -57,7 +65,7 @@ class Choice:
         # A token counts where any of its text is shown: those of a stop text, and end tokens, do not.
         if event.logprob is None or event.token is None or event.token in self._ends:
             return
-        self._waiting.append((self._decoded, event.logprob))
+        self._waiting.append(Shown(self._decoded, event.logprob))
         self._decoded += len(self._decoder.push(event.token))
 
     @property
@@ -94,10 +102,9 @@ class Frame:
 
     # Log-probabilities.
 
-    def chat_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        content = [
-            self._entry(entry.id, entry.logprob) | {"top_logprobs": [self._entry(*other) for other in entry.top]} for entry in entries
-        ]
+    def chat_logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any]:
+        entries = [shown.entry for shown in tokens]
+        content = [self._entry(each.id, each.logprob) | {"top_logprobs": [self._entry(*other) for other in each.top]} for each in entries]
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
@@ -108,16 +115,22 @@ class Frame:
         """A token's text; a special token's name, which no text has."""
         return self.tokenizer.token_bytes(token) or (self.tokenizer.token(token) or "").encode()
 
-    def completion_logprobs(self, entries: Sequence[TokenLogprob], offset: int, top: bool) -> dict[str, Any]:
-        texts = [self._bytes(entry.id).decode("utf-8", "replace") for entry in entries]
-        offsets = [offset + sum(map(len, texts[:at])) for at in range(len(texts))]
-        best = [{self._bytes(token).decode("utf-8", "replace"): _finite(value) for token, value in entry.top} for entry in entries]
+    def completion_logprobs(self, tokens: Sequence[Shown], top: bool) -> dict[str, Any]:
+        best = [{self._label(token): _finite(value) for token, value in shown.entry.top} for shown in tokens]
         return {
-            "tokens": texts,
-            "token_logprobs": [_finite(entry.logprob) for entry in entries],
+            "tokens": [self._label(shown.entry.id) for shown in tokens],
+            "token_logprobs": [_finite(shown.entry.logprob) for shown in tokens],
             "top_logprobs": best if top else None,
-            "text_offset": offsets,
+            "text_offset": [shown.start for shown in tokens],
         }
+
+    def _label(self, token: int) -> str:
+        """A token's text, or where it is only part of a character its bytes, as OpenAI spells them: `bytes:\\xe2\\x80`."""
+        data = self._bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _finite(logprob: float) -> float:
@@ -149,7 +162,7 @@ def chat_chunks(frame: Frame, index: int, piece: Piece, first: bool, calls_befor
     """The `chat.completion.chunk` objects of a piece: the role comes first, the reason last and alone."""
     chunks = []
 
-    def add(delta: Mapping[str, Any], entries: Sequence[TokenLogprob] = (), reason: str | None = None) -> None:
+    def add(delta: Mapping[str, Any], entries: Sequence[Shown] = (), reason: str | None = None) -> None:
         shown = frame.chat_logprobs(entries) if logprobs and entries else None
         choice = {"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason}
         chunks.append(frame.envelope("chatcmpl", "chat.completion.chunk") | {"choices": [choice]})
@@ -172,14 +185,14 @@ def completion_answer(frame: Frame, choices: Sequence[Choice], logprobs: int | N
     """A `text_completion` object."""
     written = []
     for index, choice in enumerate(choices):
-        shown = None if logprobs is None else frame.completion_logprobs(choice.logprobs, 0, logprobs > 0)
+        shown = None if logprobs is None else frame.completion_logprobs(choice.logprobs, logprobs > 0)
         written.append({"index": index, "text": choice.text, "logprobs": shown, "finish_reason": choice.reason})
     results = [choice.result for choice in choices if choice.result is not None]
     return frame.envelope("cmpl", "text_completion") | {"choices": written, "usage": usage(results)}
 
 
-def completion_chunk(frame: Frame, index: int, piece: Piece, offset: int, logprobs: int | None) -> dict[str, Any]:
-    shown = frame.completion_logprobs(piece.logprobs, offset, logprobs > 0) if logprobs is not None and piece.logprobs else None
+def completion_chunk(frame: Frame, index: int, piece: Piece, logprobs: int | None) -> dict[str, Any]:
+    shown = frame.completion_logprobs(piece.logprobs, logprobs > 0) if logprobs is not None and piece.logprobs else None
     choice = {"index": index, "text": piece.text, "logprobs": shown, "finish_reason": piece.finish_reason}
     return frame.envelope("cmpl", "text_completion") | {"choices": [choice]}
 

@@ -100,10 +100,9 @@ class Endpoints:
             choices = _choices(worker, prepared)
             async with aclosing(self._events(worker, prepared)) as events:
                 async for index, event in events:
-                    offset = len(choices[index].text)
                     piece = choices[index].take(event)
                     if piece.text or piece.logprobs or piece.finish_reason:
-                        yield answers.completion_chunk(frame, index, piece, offset, body.logprobs)
+                        yield answers.completion_chunk(frame, index, piece, body.logprobs)
         results = [choice.result for choice in choices if choice.result is not None]
         yield frame.envelope("cmpl", "text_completion") | {"choices": [], "usage": answers.usage(results)}
 

@@ -17,15 +17,17 @@ FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 WINDOW_S = 10.0
 
-# What the engine counts, where its `stats` has it: (attribute, our name, help, kind).
+# What the engine counts in its `stats`: (attribute, our name, help, kind).
 ENGINE_STATS = (
-    ("state_bytes", "weft_state_bytes", "Bytes of decode state in use.", GaugeMetricFamily),
-    ("budget_bytes", "weft_state_budget_bytes", "Bytes of decode state allowed.", GaugeMetricFamily),
-    ("prefix_hits", "weft_cache_hits", "Prompts that began with state from the prefix cache.", CounterMetricFamily),
-    ("prefix_hit_tokens", "weft_cache_hit_tokens", "Prompt tokens taken from the prefix cache.", CounterMetricFamily),
-    ("preemptions", "weft_preemptions", "Sequences whose state was given up and computed again.", CounterMetricFamily),
-    ("drafted", "weft_drafted_tokens", "Tokens that a drafter proposed.", CounterMetricFamily),
-    ("accepted", "weft_accepted_draft_tokens", "Proposed tokens that were accepted.", CounterMetricFamily),
+    ("running", "weft_running", "Texts being generated.", GaugeMetricFamily),
+    ("waiting", "weft_queue", "Texts waiting for a row.", GaugeMetricFamily),
+    ("state_bytes_used", "weft_state_bytes", "Bytes of decode state in use.", GaugeMetricFamily),
+    ("state_bytes_allocated", "weft_state_allocated_bytes", "Bytes held for decode state, the prefix cache included.", GaugeMetricFamily),
+    ("prompt_tokens", "weft_computed_prompt_tokens", "Prompt tokens that were computed.", CounterMetricFamily),
+    ("cached_prompt_tokens", "weft_cached_prompt_tokens", "Prompt tokens whose state the prefix cache had.", CounterMetricFamily),
+    ("preemptions", "weft_preemptions", "Texts that had to give back their state and start again.", CounterMetricFamily),
+    ("drafted_tokens", "weft_drafted_tokens", "Tokens that a drafter proposed.", CounterMetricFamily),
+    ("accepted_tokens", "weft_accepted_tokens", "Proposed tokens that became part of a text.", CounterMetricFamily),
 )
 
 
@@ -94,21 +96,11 @@ class EngineFigures(Collector):
         self._workers = workers
 
     def collect(self) -> Iterator[Any]:
-        running = GaugeMetricFamily("weft_running", "Texts being generated.", labels=["model"])
-        waiting = GaugeMetricFamily("weft_queue", "Texts waiting for a row.", labels=["model"])
-        for worker in self._workers:
-            rows = min(worker.open, worker.rows)
-            running.add_metric([worker.name], rows)
-            waiting.add_metric([worker.name], worker.open - rows)
-        yield from (running, waiting)
         for attribute, name, text, kind in ENGINE_STATS:
             family = kind(name, text, labels=["model"])
             for worker in self._workers:
-                value = getattr(getattr(worker.engine, "stats", None), attribute, None)
-                if value is not None:
-                    family.add_metric([worker.name], float(value))
-            if family.samples:
-                yield family
+                family.add_metric([worker.name], float(getattr(worker.stats, attribute)))
+            yield family
 
     def describe(self) -> Iterator[Any]:
         return iter(())

@@ -13,6 +13,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from weft.device import pick_device
+from weft.engine.budget import default_memory
 from weft.engine.open import open_engine
 from weft.errors import UserError
 from weft.serve.app import App
@@ -30,14 +32,14 @@ class Options:
     """How models are served.
 
     rows     texts that a model generates at a time.
+    memory   bytes for decode state, shared out equally among the models; None lets each take a share of what the machine has left.
     grace_s  time for running answers to end after SIGTERM or SIGINT; a second signal ends them at once.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
     device: str = "auto"
     dtype: str = "auto"
     rows: int = 16
+    memory: int | None = None
     grace_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
@@ -66,9 +68,13 @@ def served_names(models: Sequence[str]) -> dict[str, str]:
 
 def open_app(models: Sequence[str], options: Options) -> App:
     """Load the models. Raises UserError where one cannot be had."""
-    metrics, workers = Metrics(), {}
-    for name, source in served_names(models).items():
-        engine = open_engine(source, options.device, options.dtype, rows=options.rows)
+    metrics, workers, names = Metrics(), {}, served_names(models)
+    memory = options.memory
+    if memory is None and len(names) > 1:
+        memory = default_memory(pick_device(options.device))
+    share = None if memory is None else memory // len(names)
+    for name, source in names.items():
+        engine = open_engine(source, options.device, options.dtype, rows=options.rows, memory=share)
         workers[name] = Worker(name, engine, options.rows, options.limits.queue, metrics.of(name))
     return App(workers, options.limits, metrics)
 

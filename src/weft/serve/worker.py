@@ -16,6 +16,7 @@ from weft.serve.metrics import ModelMetrics
 
 T = TypeVar("T")
 Job = Generator[None, None, Any]
+STATS_S = 0.1
 
 
 class Ticket:
@@ -52,11 +53,13 @@ class Worker:
         self.open = 0  # sequences that were let in and are not finished
         self.rows, self.limit = rows, rows + queue_limit
         self.failure: str | None = None
+        self.stats = engine.stats  # as the engine's thread last saw them
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._jobs: list[tuple[Job, Future[Any]]] = []
         self._stopped = False
         self._mean_s = 1.0
+        self._looked = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -150,6 +153,7 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopped:
+            self._look()
             self._take_commands()
             if self._jobs:
                 self._advance_job()
@@ -160,6 +164,11 @@ class Worker:
                     self._fail_all(error)
                 else:
                     self._dispatch(events)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked > STATS_S or not self.engine.busy:
+            self.stats, self._looked = self.engine.stats, now
 
     def _take_commands(self) -> None:
         wait = not (self.engine.busy or self._jobs)
