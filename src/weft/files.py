@@ -11,6 +11,11 @@ from pathlib import Path
 from weft.errors import UserError
 
 
+def cache_home() -> Path:
+    """The cache folder: $WEFT_HOME, or ~/.cache/weft."""
+    return Path(os.environ.get("WEFT_HOME") or "~/.cache/weft").expanduser().absolute()
+
+
 def atomic_write(path: str | Path, content: bytes | str) -> None:
     """Replace `path` with `content` in one step: a reader, or a crash, sees the old file or the new one, never a part."""
     path = Path(path)

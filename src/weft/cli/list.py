@@ -14,6 +14,7 @@ def list_(
     from rich.console import Console
     from rich.table import Table
 
+    from weft.files import cache_home
     from weft.weights import hub, model_cache
 
     models, damage = hub.list_models(), {}
@@ -24,7 +25,7 @@ def list_(
         emit_json([describe(model) | {"damaged": damage[model.name]} for model in models])
         return
     if not models:
-        say(f"No model has been pulled into {model_cache.home()} yet. Try: weft pull smollm2-135m")
+        say(f"No model has been pulled into {cache_home()} yet. Try: weft pull smollm2-135m")
         return
     table = Table("name", "size", "source", "date", "state")
     for model in models:

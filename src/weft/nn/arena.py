@@ -338,6 +338,14 @@ class Arena(nn.Module):
         if copy is not None:
             self._restore_unpaged(row, copy)
 
+    @torch.no_grad()
+    def rewind(self, row: int, length: int, copy: Copy | None = None) -> None:
+        """Go back to the first `length` tokens of a row's state: growing leaves by as much as max_chunk tokens; for FIXED ones it takes
+        a snapshot with paged=False from there."""
+        self.lens[row] = length
+        if copy is not None:
+            self._restore_unpaged(row, copy)
+
     def _restore_unpaged(self, row: int, copy: Copy) -> None:
         length = int(copy["lens"])
         for key, leaf in self.leaves.items():

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from weft.nn.attend import attend_fused, attend_grouped
 from weft.nn.attend_blocked import MAX_LENGTH, attend_blocked, causal_bias
+from weft.nn.attend_in_place import AttendSettings, attend_in_place, can_attend_in_place
 from weft.nn.linear import Linear
 from weft.nn.mixer import Side, Site, State, register
 from weft.nn.norm import build_norm
@@ -26,6 +27,7 @@ class Attention(nn.Module):
         self.spec, self.dim = spec, site.dim
         self.heads, self.groups, self.width = spec.heads, spec.num_kv_heads, spec.width(site.dim)
         self.scale = spec.scale or self.width**-0.5
+        self.settings = AttendSettings(self.heads, self.scale, spec.window or 0, spec.softcap or 0.0)
         self.dropout = site.dropout.attention
         self.qkv = Linear(site.dim, (self.heads + 2 * self.groups) * self.width, site.init_std, spec.qkv_bias)
         self.out = Linear(self.heads * self.width, site.dim, site.residual_std, spec.out_bias)
@@ -42,6 +44,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, views: State | None = None) -> tuple[Tensor, Side]:
         batch, length, _ = x.shape
         heads = self.qkv(x).view(batch, length, -1, self.width)
+        if views is not None and can_attend_in_place(heads, views["k"], views["v"]):
+            return self.out(self._attend_in_place(heads, step, views).view(batch, length, -1)), Side()
         q, k, v = heads.split([self.heads, self.groups, self.groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -57,6 +61,14 @@ class Attention(nn.Module):
             mask = step.once(("mask", self.spec.window, k.shape[1]), lambda: allowed(step, positions, self.spec.window))
             mixed = attend_grouped(q, k.to(q.dtype), v.to(q.dtype), mask, self.scale, self.spec.softcap)
         return self.out(mixed.reshape(batch, length, -1)), Side()
+
+    def _attend_in_place(self, heads: Tensor, step: Step, views: State) -> Tensor:
+        """The same by kernels that turn, write and read without a copy: heads [B, T, H + 2 G, D] -> [B, T, H, D]."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = heads.split([self.heads, self.groups, self.groups], dim=2)
+            heads = torch.cat([self.q_norm(q), self.k_norm(k), v], 2)
+        tables = (None, None) if self.rope is None else self.rope.tables(step)
+        return attend_in_place(heads, tables, views["k"], views["v"], step, self.settings)
 
     def _attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft import kernels
 from weft.nn.linear import Linear
 from weft.nn.mixer import Side, Site, State, register
+from weft.nn.packed import PackedWeight, multiply_gated
 from weft.nn.step import Step
 from weft.spec import MLP as MLPSpec
 from weft.spec import Gated as GatedSpec
@@ -44,7 +47,7 @@ class Gated(nn.Module):
 
     def __init__(self, spec: GatedSpec, site: Site) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.activation]
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
         self.gate_up = Linear(site.dim, 2 * spec.hidden, site.init_std, spec.bias)
         self.down = Linear(spec.hidden, site.dim, site.residual_std, spec.bias)
 
@@ -55,5 +58,10 @@ class Gated(nn.Module):
         return {}
 
     def forward(self, x: Tensor, step: Step, views: State | None = None) -> tuple[Tensor, Side]:
-        gate, up = self.gate_up(x).chunk(2, -1)
+        if self.spec.activation == "silu" and kernels.usable(x):
+            if not self.spec.bias and isinstance(self.gate_up.weight, PackedWeight) and isinstance(self.down.weight, PackedWeight):
+                return multiply_gated(x, self.gate_up.weight, self.down.weight), Side()
+            return self.down(torch.ops.weft_cpu.silu_gate.default(self.gate_up(x))), Side()
+        both = self.gate_up(x)
+        gate, up = both.chunk(2, -1)
         return self.down(self.activation(gate) * up), Side()

@@ -4,17 +4,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.nn.fill import fill_normal
+from weft.nn.packed import PackedWeight
+from weft.spec.quant import GROUP, Quant
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b; W is drawn from N(0, std^2) and b starts at zero."""
+    """y = x W^T + b; W is drawn from N(0, std^2) and b starts at zero. In a quantised model `weight` is a `PackedWeight`."""
 
     def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False) -> None:
         self.std = std
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
-        fill_normal(self.weight, self.std)
+        if isinstance(self.weight, Tensor):
+            fill_normal(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -22,16 +25,39 @@ class Linear(nn.Linear):
         return affine(input, self.weight, self.bias)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def affine(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x W^T + b for x [..., D]; in 16-bit formats on a CPU, a row of x gives the same bits however many other rows there are.
 
     Torch has three reasons to compute a row in another way, and each is taken away: a kernel for a single row, which divides long sums
     differently; a kernel for products of at most 16^3; and for x [B, T, D] that is not contiguous, a bias added after rounding. A few
     rows are therefore given company (5 microseconds).
     """
+    if isinstance(weight, PackedWeight):
+        return weight.multiply(x, bias)
     rows = x.numel() // x.shape[-1]
     fewest = max(2, 16**3 // weight.numel() + 1)
     if x.dtype.itemsize == 2 and x.device.type == "cpu" and rows < fewest:
         padded = F.pad(x.reshape(rows, -1), (0, 0, 0, fewest - rows))
         return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
     return F.linear(x.contiguous(), weight, bias)
+
+
+def pack_structure(model: nn.Module, quant: Quant) -> None:
+    """Put empty packed weights where `quant` wants them: every `Linear` whose rows divide into groups, and the tables of tokens."""
+    for module in list(model.modules()):
+        if isinstance(module, Linear) and fits(module.in_features):
+            _replace(module, PackedWeight(module.out_features, module.in_features, quant.type, quant.minimum))
+        elif quant.table != "float" and getattr(module, "is_table", False) and isinstance(module.weight, Tensor):
+            rows, columns = module.weight.shape
+            if fits(columns):
+                _replace(module, PackedWeight(rows, columns, quant.table))
+
+
+def fits(columns: int) -> bool:
+    """Whether rows of so many weights can be packed."""
+    return columns % GROUP == 0
+
+
+def _replace(module: nn.Module, packed: PackedWeight) -> None:
+    del module.weight
+    module.weight = packed

@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.nn.block import Block, build_block
 from weft.nn.fill import fill_normal
-from weft.nn.linear import affine
+from weft.nn.linear import affine, pack_structure
 from weft.nn.mixer import Site
 from weft.nn.norm import build_norm
+from weft.nn.packed import PackedWeight
 from weft.nn.position import build_position
 from weft.nn.step import Step
 from weft.spec import ModelSpec
@@ -112,6 +113,16 @@ class Model(nn.Module):
         logits: Tensor = self.head(hidden, self.embed.weight)
         return logits
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which numbers the model computes."""
+        return self.embed.weight.dtype
+
 
 class Head(nn.Module):
     """The map from hidden states to logits. A tied head owns no weight: it is lent the embedding's, which stays one parameter."""
@@ -119,12 +130,13 @@ class Head(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.std, self.softcap = spec.init_std, spec.logit_softcap
+        self.is_table = True
         self.weight = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab, spec.dim))
         self.bias = nn.Parameter(torch.empty(spec.vocab)) if spec.head_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.weight is not None:
+        if isinstance(self.weight, Tensor):
             fill_normal(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -138,11 +150,15 @@ class Embedding(nn.Embedding):
     """A table of token vectors drawn from N(0, std^2)."""
 
     def __init__(self, rows: int, dim: int, std: float) -> None:
-        self.std = std
+        self.std, self.is_table = std, True
         super().__init__(rows, dim)
 
     def reset_parameters(self) -> None:
-        fill_normal(self.weight, self.std)
+        if isinstance(self.weight, Tensor):
+            fill_normal(self.weight, self.std)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight.rows(input) if isinstance(self.weight, PackedWeight) else super().forward(input)
 
 
 def build(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int | None = None) -> Model:
@@ -151,7 +167,10 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtyp
     Memory is taken once, in the final dtype, and filled by each module's `reset_parameters`.
     """
     with torch.device("meta"):
-        model = Model(spec).to(dtype)
+        model = Model(spec)
+        if spec.quant is not None:
+            pack_structure(model, spec.quant)
+        model.to(dtype)
     if torch.device(device).type == "meta":
         return model
     initialise(materialise(model, device), seed)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft import kernels
 from weft.spec import LayerNorm as LayerNormSpec
 from weft.spec import RMSNorm as RMSNormSpec
 from weft.spec import Spec
@@ -44,6 +45,9 @@ class RMSNorm(nn.Module):
         (nn.init.zeros_ if self.unit_offset else nn.init.ones_)(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.usable(x, self.weight):
+            y: Tensor = torch.ops.weft_cpu.rms_norm.default(x, self.weight, self.eps, self.unit_offset)
+            return y
         wide = x if x.dtype == torch.float64 else x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.unit_offset:

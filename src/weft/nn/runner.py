@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from weft import kernels
 from weft.nn.arena import Arena, Rows
-from weft.nn.model import Model, Output
+from weft.nn.model import Model, Output, Pending
 
 
 class Runner(nn.Module):
@@ -21,9 +22,18 @@ class Runner(nn.Module):
         columns  of the page table, as `Arena.step` takes it.
         An idle row's logits mean nothing.
         """
-        step = self.arena.step(n_new, tokens.shape[1], rows, keep="last", columns=columns)
-        output: Output = self.model(tokens, step, self.arena.views(rows))
-        self.arena.commit(output.pending, n_new, rows)
-        if tokens.shape[1] == 1:
-            return self.model.logits(output.hidden[:, 0])
-        return output.logits_at((n_new - 1).clamp(min=0))
+        with kernels.settled(self.model.dtype, self.model.device):
+            step = self.arena.step(n_new, tokens.shape[1], rows, keep="last", columns=columns)
+            output: Output = self.model(tokens, step, self.arena.views(rows))
+            self.arena.commit(output.pending, n_new, rows)
+            if tokens.shape[1] == 1:
+                return self.model.logits(output.hidden[:, 0])
+            return output.logits_at((n_new - 1).clamp(min=0))
+
+    def verify(self, tokens: Tensor, n_new: Tensor, index: Tensor, rows: Rows = None, columns: int | None = None) -> tuple[Tensor, Pending]:
+        """Feed drafts: logits [N, vocab] at the places `index` [N] int64, counted through [B, T] row by row, and the state that
+        `Arena.commit` makes current for as many tokens of each row as are accepted. Arguments as in `forward`."""
+        with kernels.settled(self.model.dtype, self.model.device):
+            step = self.arena.step(n_new, tokens.shape[1], rows, keep="all", columns=columns)
+            output: Output = self.model(tokens, step, self.arena.views(rows))
+            return self.model.logits(output.hidden.flatten(0, 1)[index]), output.pending

@@ -4,7 +4,7 @@ A view writes this pass's entries and reads everything visible back as `(values,
 serves every layout. Values are [B, K, *leaf shape]; positions are int64 [B, K], negative where a slot holds nothing.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,29 @@ from weft.nn.pages import PADDING
 from weft.nn.step import Step
 
 
+class Entries(NamedTuple):
+    """Where a kernel that works in place finds the entries [heads, width] of a leaf in its buffer, in units of one head's vector.
+
+    head_stride  elements between two heads of one entry.
+    starts       int64 [B, K], where each entry begins.
+    positions    int64 [B, K], as `read` gives them.
+    slots        int64 [B, T], where this pass's entries go.
+    """
+
+    head_stride: int
+    starts: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
 class View(Protocol):
     """What a mixer may do with a growing leaf."""
+
+    buffer: Tensor
+
+    def locate(self, step: Step) -> Entries:
+        """What a kernel needs to do the work of `write` and `read` by itself; for leaves of shape [heads, width]. Leaves of one layout
+        and shape share it."""
 
     def write(self, new: Tensor, step: Step) -> None:
         """Store entries [B, T, *shape] at this step's positions; padding goes to a slot nobody reads."""
@@ -32,13 +53,19 @@ class _Slots:
     """
 
     def __init__(self, buffer: Tensor, token_axis: int) -> None:
-        self.entries = buffer.movedim(token_axis, 1)
+        self.buffer, self.entries = buffer, buffer.movedim(token_axis, 1)
         self.capacity = self.entries.shape[1] - 1
+        self.dtype, self._key = buffer.dtype, f"{type(self).__name__} entries {tuple(buffer.shape)}"
 
     def _store(self, new: Tensor, step: Step, slots: Tensor) -> None:
-        rows = torch.arange(new.shape[0], device=new.device) if step.rows is None else step.rows
         index = torch.where(step.valid, slots, self.capacity)
-        self.entries.index_put_((rows[:, None], index), new.to(self.entries.dtype))
+        self.entries.index_put_((_rows(step)[:, None], index), new.to(self.entries.dtype))
+
+    def _locate(self, step: Step, slots: Tensor, positions: Tensor) -> Entries:
+        heads, capacity, width = self.buffer.shape[1:]
+        row = _rows(step)[:, None] * (heads * capacity)
+        index = row + torch.arange(capacity, device=row.device)
+        return Entries(capacity * width, index, positions, row + torch.where(step.valid, slots, self.capacity))
 
     def _load(self, step: Step) -> Tensor:
         return self.entries[: step.start.shape[0]] if step.rows is None else self.entries[step.rows]
@@ -53,6 +80,9 @@ class Dense(_Slots):
     def read(self, step: Step) -> tuple[Tensor, Tensor]:
         return self._load(step), step.once(("dense", self.capacity + 1), lambda: _filled(step, self.capacity + 1))
 
+    def locate(self, step: Step) -> Entries:
+        return step.once(self._key, lambda: self._locate(step, step.positions, _filled(step, self.capacity + 1)))
+
 
 class Ring(_Slots):
     """Slot = position mod capacity, with capacity = window - 1 + max_chunk: room for a chunk that may yet be rejected."""
@@ -62,6 +92,9 @@ class Ring(_Slots):
 
     def read(self, step: Step) -> tuple[Tensor, Tensor]:
         return self._load(step), step.once(("ring", self.capacity), lambda: self._newest(step))
+
+    def locate(self, step: Step) -> Entries:
+        return step.once(self._key, lambda: self._locate(step, step.positions % self.capacity, self._newest(step)))
 
     def _newest(self, step: Step) -> Tensor:
         """The newest position congruent to each slot; negative means the slot was never written."""
@@ -83,7 +116,8 @@ class Paged:
 
     def __init__(self, pool: Tensor) -> None:
         self.pool = pool
-        self.page = pool.shape[1]
+        self.page, self.dtype = pool.shape[1], pool.dtype
+        self.buffer, self._key = pool, f"paged entries {tuple(pool.shape)}"
         self._entries = pool.flatten(0, 1)
 
     def write(self, new: Tensor, step: Step) -> None:
@@ -97,6 +131,21 @@ class Paged:
             values = values.movedim(1, -2).contiguous().movedim(-2, 1)
         capacity = values.shape[1]
         return values, step.once(("dense", capacity), lambda: _filled(step, capacity))
+
+    def locate(self, step: Step) -> Entries:
+        return step.once(self._key, lambda: self._locate(step))
+
+    def _locate(self, step: Step) -> Entries:
+        assert step.table is not None
+        heads, width = self.pool.shape[2:]
+        offsets = torch.arange(self.page, device=self.pool.device)
+        index = (step.table[:, :, None] * self.page + offsets).flatten(1)
+        slots = page_slots(step, self.page).view(step.positions.shape)
+        return Entries(width, index * heads, _filled(step, index.shape[1]), slots * heads)
+
+
+def _rows(step: Step) -> Tensor:
+    return torch.arange(step.start.shape[0], device=step.start.device) if step.rows is None else step.rows
 
 
 def page_slots(step: Step, page: int) -> Tensor:

@@ -6,9 +6,10 @@ from weft.spec.mixers import GRU, LSTM, Attention, CrossAttention, Mamba
 from weft.spec.model import Block, Dropout, Group, ModelSpec, model_spec, read_model_spec
 from weft.spec.norms import LayerNorm, RMSNorm
 from weft.spec.positions import Learned, LinearScaling, Llama3Scaling, NoPosition, Rope, Sinusoidal, YarnScaling
+from weft.spec.quant import Quant
 
 __all__ = [
     "GRU", "LSTM", "MLP", "Attention", "Block", "CrossAttention", "Dropout", "Gated", "Group", "LayerNorm", "Leaf", "Learned",
-    "LinearScaling", "Llama3Scaling", "Mamba", "ModelSpec", "NoPosition", "RMSNorm", "RWKVChannelMix", "Rope", "Sinusoidal",
+    "LinearScaling", "Llama3Scaling", "Mamba", "ModelSpec", "NoPosition", "Quant", "RMSNorm", "RWKVChannelMix", "Rope", "Sinusoidal",
     "Spec", "StateSpec", "YarnScaling", "model_spec", "parse", "read_model_spec",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from weft.spec.channels import Channel
 from weft.spec.mixers import CrossAttention, Mixer
 from weft.spec.norms import LayerNorm, Norm
 from weft.spec.positions import Learned, NoPosition, Position
+from weft.spec.quant import Quant
 
 Topology = Literal["pre", "post", "sandwich", "parallel"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -90,6 +91,7 @@ class ModelSpec(Spec):
     final_norm        a norm before the head (all pre-norm models; not GPT-1).
     logit_softcap     logits become softcap * tanh(logits / softcap) (Gemma 2).
     init_std          standard deviation of initial weights; those that write into the residual stream have it over sqrt(2 layers).
+    quant             how matrices are stored in fewer bits.
     """
 
     vocab: PositiveInt
@@ -105,6 +107,7 @@ class ModelSpec(Spec):
     logit_softcap: PositiveFloat | None = None
     dropout: Dropout = Dropout()
     init_std: PositiveFloat = 0.02
+    quant: Quant | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSpec":

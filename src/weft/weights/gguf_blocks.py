@@ -14,7 +14,7 @@ from torch import Tensor
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
+def half(blocks: Tensor, start: int) -> Tensor:
     """The float16 at byte `start` of every block, as float32 [n, 1]."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
@@ -31,6 +31,11 @@ def _bits(packed: Tensor) -> Tensor:
     return ((packed[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(packed.shape[0], -1)
 
 
+def nibbles(packed: Tensor) -> Tensor:
+    """The 32 codes of every 16 bytes of a Q4 block: uint8 [n, 16] -> uint8 [n, 32]."""
+    return _fields(packed, 16, 4)
+
+
 def _f32(blocks: Tensor) -> Tensor:
     return blocks.view(torch.float32)
 
@@ -44,37 +49,37 @@ def _bf16(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return (_fields(blocks[:, 2:], 16, 4).float() - 8).mul_(_half(blocks, 0))
+    return (_fields(blocks[:, 2:], 16, 4).float() - 8).mul_(half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 4:], 16, 4).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    return _fields(blocks[:, 4:], 16, 4).float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
     q = _fields(blocks[:, 6:], 16, 4) | (_bits(blocks[:, 2:6]) << 4)
-    return (q.float() - 16).mul_(_half(blocks, 0))
+    return (q.float() - 16).mul_(half(blocks, 0))
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
     q = _fields(blocks[:, 8:], 16, 4) | (_bits(blocks[:, 4:8]) << 4)
-    return q.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    return q.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+    return blocks[:, 2:].view(torch.int8).float().mul_(half(blocks, 0))
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
     levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32)
-    return levels[_fields(blocks[:, 2:], 16, 4).int()].mul_(_half(blocks, 0))
+    return levels[_fields(blocks[:, 2:], 16, 4).int()].mul_(half(blocks, 0))
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     n = blocks.shape[0]
     low = _fields(blocks[:, 4:8], 1, 4)
     high = _fields(blocks[:, 2:4], 1, 2)
-    scales = _half(blocks, 0) * ((low | (high << 4)).float() - 32)
+    scales = half(blocks, 0) * ((low | (high << 4)).float() - 32)
     levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32)
     q = levels[_fields(blocks[:, 8:], 16, 4).int()].view(n, 8, 32)
     return q.mul_(scales[:, :, None]).view(n, 256)
@@ -91,7 +96,7 @@ def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _scaled_minus_minimum(blocks: Tensor, q: Tensor) -> Tensor:
     """Q4_K and Q5_K alike: sub-blocks of 32, scale and minimum each."""
     scales, minima = _k_scales(blocks[:, 4:16])
-    scales, minima = scales * _half(blocks, 0), minima * _half(blocks, 2)
+    scales, minima = scales * half(blocks, 0), minima * half(blocks, 2)
     q = q.float().view(-1, 8, 32)
     return q.mul_(scales[:, :, None]).sub_(minima[:, :, None]).view(-1, 256)
 
@@ -106,21 +111,21 @@ def _q5_k(blocks: Tensor) -> Tensor:
 
 def _q6_k(blocks: Tensor) -> Tensor:
     q = _fields(blocks[:, :128], 64, 4) | (_fields(blocks[:, 128:192], 32, 2) << 4)
-    scales = blocks[:, 192:208].view(torch.int8).float() * _half(blocks, 208)
+    scales = blocks[:, 192:208].view(torch.int8).float() * half(blocks, 208)
     return (q.float() - 32).view(-1, 16, 16).mul_(scales[:, :, None]).view(-1, 256)
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
     packed = blocks[:, :16]
-    scales = (packed & 15).float() * _half(blocks, 80)
-    minima = (packed >> 4).float() * _half(blocks, 82)
+    scales = (packed & 15).float() * half(blocks, 80)
+    minima = (packed >> 4).float() * half(blocks, 82)
     q = _fields(blocks[:, 16:80], 32, 2).float().view(-1, 16, 16)
     return q.mul_(scales[:, :, None]).sub_(minima[:, :, None]).view(-1, 256)
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
     low, high = _fields(blocks[:, 96:104], 8, 4), _fields(blocks[:, 104:108], 4, 2)
-    scales = ((low | (high << 4)).float() - 32) * _half(blocks, 108)
+    scales = ((low | (high << 4)).float() - 32) * half(blocks, 108)
     # A cleared bit of the high mask stands for -4.
     q = _fields(blocks[:, 32:96], 32, 2).float() - (1 - _fields(blocks[:, :32], 32, 1)).mul_(4).float()
     return q.view(-1, 16, 16).mul_(scales[:, :, None]).view(-1, 256)

@@ -12,9 +12,10 @@ import torch
 from weft.errors import UserError
 from weft.files import read_text
 from weft.nn import Model, build, materialise
-from weft.spec import ModelSpec
+from weft.spec import ModelSpec, Quant
 from weft.weights.files import TensorFiles
 from weft.weights.gguf import GGUF, read_gguf
+from weft.weights.gguf_packed import fill_packed, stored_quant
 from weft.weights.hub import find_model
 from weft.weights.map import TensorSource, identity_rules, load_tensors
 from weft.zoo import FAMILIES, Family, from_config, llama_gguf
@@ -39,6 +40,11 @@ class Checkpoint:
     @property
     def is_gguf(self) -> bool:
         return isinstance(self.files, GGUFTensors)
+
+    @property
+    def quant(self) -> Quant | None:
+        """How the weights are quantised in a form that is multiplied as it is stored; None for all others."""
+        return stored_quant(self.files.file, self.spec) if isinstance(self.files, GGUFTensors) else self.spec.quant
 
     def rules(self, model: Model) -> list[Rule]:
         """The rows that lead from this file to `model`."""
@@ -83,6 +89,18 @@ class GGUFTensors:
         self.file.read_into(name, out)
 
 
+class _Rest(GGUFTensors):
+    """A file without the tensors that have been read already."""
+
+    def __init__(self, file: GGUF, used: set[str]) -> None:
+        super().__init__(file)
+        self.used = used
+
+    @property
+    def names(self) -> Iterable[str]:
+        return [name for name in self.file.tensors if name not in self.used]
+
+
 def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Loaded:
     """Read a model into memory, in eval mode.
 
@@ -106,11 +124,27 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     return Checkpoint(path, family, spec, config, TensorFiles(path))
 
 
-def load_weights(checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """The model of a checkpoint, its weights read."""
+def load_weights(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, packed: bool = False
+) -> Model:
+    """The model of a checkpoint, its weights read.
+
+    packed  keep a GGUF file's quantised matrices as they are where `checkpoint.quant` says how; `dtype` is then that of the rest.
+            Otherwise they are dequantised. A folder that Weft quantised is always kept as it is.
+    """
+    if packed and isinstance(checkpoint.files, GGUFTensors) and checkpoint.quant is not None:
+        return _load_packed(checkpoint, checkpoint.files, checkpoint.quant, device, dtype or torch.float32)
     model = materialise(build(checkpoint.spec, "meta", dtype or stored_dtype(checkpoint)), device)
     prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
     load_tensors(model, checkpoint.rules(model), checkpoint.files, prefix, str(checkpoint.path))
+    return model.eval()
+
+
+def _load_packed(checkpoint: Checkpoint, files: "GGUFTensors", quant: Quant, device: str | torch.device, dtype: torch.dtype) -> Model:
+    spec = ModelSpec.model_validate({**checkpoint.spec.model_dump(), "quant": quant})
+    model = materialise(build(spec, "meta", dtype), device)
+    used, left = fill_packed(model, checkpoint.rules(model), files.file)
+    load_tensors(model, left, _Rest(files.file, used), "", str(checkpoint.path))
     return model.eval()
 
 

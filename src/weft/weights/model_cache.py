@@ -4,6 +4,7 @@
       models/<name>/            the files of a model and its manifest `weft-pull.json`
       models/<name>.partial/    a pull that has not ended: taken up again by the next one, never listed or loaded
       locks/<name>.lock         held while a pull or a removal runs
+      kernels/                  native code compiled for this machine (weft.kernels)
 
 A model folder appears by one rename, after its manifest, with the size and SHA-256 of every file, was written. In folder names "/" and
 ":" of a model's name are "--" and "---".
@@ -24,7 +25,7 @@ from typing import Any
 import filelock
 
 from weft.errors import UserError
-from weft.files import atomic_write
+from weft.files import atomic_write, cache_home
 
 MANIFEST = "weft-pull.json"
 PARTIAL = ".partial"
@@ -67,11 +68,6 @@ class Pulled:
         return sum(file.bytes for file in self.files)
 
 
-def home() -> Path:
-    """The cache folder: $WEFT_HOME, or ~/.cache/weft."""
-    return Path(os.environ.get("WEFT_HOME") or "~/.cache/weft").expanduser().absolute()
-
-
 def check_name(name: str) -> str:
     """Return `name` if a model can be kept under it; raises UserError otherwise."""
     if not _NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(PARTIAL) or len(name) > 200:
@@ -83,7 +79,7 @@ def check_name(name: str) -> str:
 
 def folder_of(name: str) -> Path:
     """Where the model of that name lies, or would."""
-    return home() / "models" / check_name(name).replace(":", "---").replace("/", "--")
+    return cache_home() / "models" / check_name(name).replace(":", "---").replace("/", "--")
 
 
 def partial_of(name: str) -> Path:
@@ -95,7 +91,7 @@ def partial_of(name: str) -> Path:
 @contextmanager
 def locked(name: str) -> Iterator[None]:
     """Hold the lock on a name; raises UserError where another process holds it or the cache folder cannot be written."""
-    path = home() / "locks" / (folder_of(name).name + ".lock")
+    path = cache_home() / "locks" / (folder_of(name).name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder_of(name).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +100,7 @@ def locked(name: str) -> Iterator[None]:
     except filelock.Timeout:
         raise UserError(f"another weft is at work on '{name}'; wait until it has ended.") from None
     except OSError as error:
-        raise UserError(f"the cache folder {home()} cannot be written ({error.strerror}); set WEFT_HOME to one that can.") from None
+        raise UserError(f"the cache folder {cache_home()} cannot be written ({error.strerror}); set WEFT_HOME to one that can.") from None
     try:
         yield
     finally:
@@ -118,7 +114,7 @@ def find(name: str) -> Pulled | None:
 
 def every_model() -> list[Pulled]:
     """All pulled models by name; unfinished pulls are not among them."""
-    root = home() / "models"
+    root = cache_home() / "models"
     folders = [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
     found = (_read(folder) for folder in folders if not folder.name.startswith(".") and not folder.name.endswith(PARTIAL))
     return sorted((model for model in found if model), key=lambda model: model.name)
@@ -189,7 +185,7 @@ def _move_in(model: Pulled) -> Pulled:
 
 def discard(folder: Path) -> None:
     """Remove a folder of the cache so that it is whole until it is gone: rename, then delete."""
-    root = home() / "models"
+    root = cache_home() / "models"
     assert folder.parent == root
     if folder.is_symlink():
         folder.unlink()

@@ -1,0 +1,63 @@
+"""Native kernels for decoding on a CPU, and the question whether they may be used.
+
+Each has a naive twin in plain torch that says what it computes, and is only ever a faster way to the same numbers:
+
+    quantised_linear   `weft.nn.packed.PackedWeight.multiply`
+    attend             `weft.nn.attend.attend_grouped` over what a view reads
+    rotate_and_write   `weft.nn.rope.rotate` and a view's `write`
+    rms_norm           `weft.nn.norm.RMSNorm`
+    silu_gate          the activation of `weft.nn.channel.Gated`
+
+Compiled on first use by the system's C++ compiler and kept; where there is none, or with WEFT_KERNELS=off, plain torch does the work.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def available() -> bool:
+    """Whether the kernels are loaded; the first call loads them, and compiles them if need be."""
+    from weft.kernels.build import compiled_library
+
+    path = compiled_library()
+    if path is None:
+        return False
+    torch.ops.load_library(str(path))
+    return True
+
+
+class _Session:
+    """The dtype for which the question is settled, between `settled` and its end."""
+
+    dtype: torch.dtype | None = None
+
+
+@contextmanager
+def settled(model_dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Decide once for all that happens inside whether kernels are used for tensors of the model's dtype: the question costs a microsecond
+    and a token asks it hundreds of times."""
+    before = _Session.dtype
+    _Session.dtype = model_dtype if device.type == "cpu" and _allowed() and model_dtype in DTYPES and available() else None
+    try:
+        yield
+    finally:
+        _Session.dtype = before
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether kernels may take these tensors: on a CPU, in one of their dtypes, outside training and outside a compiler's trace."""
+    dtype = tensors[0].dtype
+    if dtype is _Session.dtype:
+        return True
+    return dtype in DTYPES and _allowed() and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors) and available()
+
+
+def _allowed() -> bool:
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
