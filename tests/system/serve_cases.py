@@ -17,6 +17,7 @@ from generation_cases import STORY, TEMPLATE
 
 from weft.nn import build
 from weft.spec import model_spec
+from weft.tokenizer import load_tokenizer
 from weft.tokenizer.train import train_tokenizer
 from weft.weights.save import save_model
 
@@ -60,6 +61,10 @@ class Server:
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8}
         return client.post("/v1/chat/completions", json=body | fields)
 
+    def stream(self, client: httpx.Client, text: str = "the quick", **fields: Any) -> Any:
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0, "stream": True}
+        return client.stream("POST", "/v1/chat/completions", json=body | fields)
+
     def metric(self, name: str) -> float:
         """The sum of a figure over its labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
@@ -87,6 +92,12 @@ def serving(*arguments: Any, environment: dict[str, str] | None = None) -> Itera
     code, _ = server.stop()
     assert code == 0, "".join(server.errors)
     assert "Traceback" not in "".join(server.errors), "".join(server.errors)
+
+
+def endless(folder: Path) -> dict[str, Any]:
+    """Fields of a request that goes on to the end of the context."""
+    ends = load_tokenizer(folder).eos_ids
+    return {"logit_bias": {str(token): -100 for token in ends}, "max_tokens": None}
 
 
 def events(response: httpx.Response) -> list[Any]:
