@@ -30,7 +30,7 @@ class Chooser:
             chosen = sampler.sample(constrain(logits, [c.matcher for c in batch]), [c.uniform() for c in batch])
             sampler.observe(chosen)
         ids: list[int] = torch.where(peaks.isfinite(), chosen, NOT_FINITE).tolist()
-        return ids, self._report(batch, logits, ids)
+        return ids, self.report(batch, logits, ids)
 
     def sampler(self, batch: list[Continuation], logits: Tensor) -> Sampler:
         if self._sampler is None or self._batch != batch:
@@ -38,7 +38,8 @@ class Chooser:
             self._batch, self._sampler = batch, Sampler([c.params for c in batch], histories, logits)
         return self._sampler
 
-    def _report(self, batch: Sequence[Continuation], logits: Tensor, ids: Sequence[int]) -> list[TokenLogprob | None]:
+    def report(self, batch: Sequence[Continuation], logits: Tensor, ids: Sequence[int]) -> list[TokenLogprob | None]:
+        """Log-probabilities of ids under logits [B, V], for those who asked."""
         asked = [i for i, c in enumerate(batch) if (c.params.logprobs or c.params.top_logprobs) and ids[i] != NOT_FINITE]
         reports: list[TokenLogprob | None] = [None] * len(batch)
         if asked:

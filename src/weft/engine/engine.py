@@ -8,6 +8,8 @@ for token, in float32 wherever the two likeliest tokens are not within rounding.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +18,13 @@ from torch import Tensor
 from weft.engine.beam import BeamGroup
 from weft.engine.choice import NOT_FINITE, Chooser
 from weft.engine.continuation import Continuation, Task
+from weft.engine.draft import Draft, Drafter
 from weft.engine.grammar import GrammarCompiler, Matcher
 from weft.engine.intake import Intake
 from weft.engine.lanes import Lane, Lanes
 from weft.engine.request import Event, Request, Result, SamplingParams
+from weft.engine.sampler import likeliest
+from weft.engine.speculation import Speculation, judge
 from weft.engine.stats import EngineStats
 from weft.engine.stop import TextStream
 from weft.errors import UserError
@@ -44,6 +49,8 @@ class Engine:
                request that came last gives its state back and is computed again later, with the same result.
     page       tokens a page of state; also the length of the blocks in which the prefix cache finds equal beginnings.
     cache      keep the state of text that was read, so that a prompt that begins with the same tokens is not computed again.
+    draft      guesses tokens, of which the model then checks several in one pass, where that is faster. Greedy text stays as it is;
+               samples keep their distribution, but with the same seed need not be the same, as how far it pays to guess depends on time.
     Raises UserError for a model that cannot run token by token, and where memory is too small for one row.
     """
 
@@ -57,6 +64,7 @@ class Engine:
         memory: int | None = None,
         page: int = 64,
         cache: bool = True,
+        draft: Drafter | None = None,
     ) -> None:
         if rows < 1 or chunk < 1 or page < 1:
             raise UserError(f"rows is {rows}, chunk {chunk} and page {page}; each must be at least 1.")
@@ -69,6 +77,9 @@ class Engine:
         self._siblings: dict[Continuation, list[Continuation]] = {}
         self._early: list[Event] = []
         self._chooser = Chooser()
+        self._speculation = None if draft is None else Speculation(draft)
+        if draft is not None:
+            draft.check(model)
         self._stats = EngineStats()
         self._count = 0
         self.grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.spec.vocab)
@@ -149,6 +160,8 @@ class Engine:
             self._lanes.give_back(lane)
         if job in self._waiting:
             self._waiting.remove(job)
+        if self._speculation is not None and isinstance(job, Continuation):
+            self._speculation.drafter.release(job)
 
     # Progress.
 
@@ -163,7 +176,7 @@ class Engine:
             events += self._advance(lanes, self._feed_prompts(lanes))
             self._admit()
         if lanes := self._with_room([lane for lane in self._lanes.active if lane.pending == 1]):
-            events += self._advance(lanes, self._lanes.feed_single(lanes))
+            events += self._decode(lanes)
         return events
 
     def _admit(self) -> None:
@@ -223,6 +236,81 @@ class Engine:
         logits = self._lanes.feed_chunks(lanes)
         self._stats.prompt_tokens += sum(lane.fed for lane in lanes) - before
         return logits
+
+    def _decode(self, lanes: Sequence[Lane]) -> list[Event]:
+        """A token for each lane, or several where drafts of them stand."""
+        if self._speculation is None:
+            return self._advance(lanes, self._lanes.feed_single(lanes))
+        started = perf_counter()
+        drafts = self._drafts(lanes, self._speculation)
+        drafted, accepted = sum(len(draft.ids) for draft in drafts), self._stats.accepted_tokens
+        if drafted:
+            events = self._verify(lanes, drafts, self._speculation.drafter)
+        else:
+            events = self._advance(lanes, self._lanes.feed_single(lanes))
+        self._stats.drafted_tokens += drafted
+        accepted = self._stats.accepted_tokens - accepted
+        longest = max(len(draft.ids) for draft in drafts)
+        self._speculation.length.observe(len(lanes), longest, perf_counter() - started, drafted, accepted)
+        return events
+
+    def _drafts(self, lanes: Sequence[Lane], speculation: Speculation) -> list[Draft]:
+        """Drafts for these lanes, cut to what they may still generate, and dropped where there is no room for them."""
+        limits = [lane.owner.task.limit - len(getattr(lane.owner, "ids", ())) - 1 for lane in lanes]
+        drafts = speculation.propose(lanes, [min(limit, self._lanes.draft_room(lane)) for limit, lane in zip(limits, lanes, strict=True)])
+        for lane, draft in zip(lanes, drafts, strict=True):
+            if draft.ids:
+                try:
+                    self._lanes.reserve(lane, 1 + len(draft.ids))
+                except PagesExhausted:
+                    speculation.drafter.observe(lane.owner, 0)
+                    draft.ids.clear()
+        return drafts
+
+    def _verify(self, lanes: Sequence[Lane], drafts: Sequence[Draft], drafter: Drafter) -> list[Event]:
+        """One pass over the next token of each lane and its draft, and what follows from it."""
+        logits, pending = self._lanes.feed_drafts(lanes, [draft.ids for draft in drafts])
+        peaks, best = likeliest(logits)
+        chosen: list[int] = torch.where(peaks.isfinite(), best, NOT_FINITE).tolist()
+        ends = list(accumulate(1 + len(draft.ids) for draft in drafts))
+        spans = [slice(end - 1 - len(draft.ids), end) for end, draft in zip(ends, drafts, strict=True)]
+        verdicts = {
+            lane: judge(lane.owner, draft, logits[span], chosen[span])
+            for lane, draft, span in zip(lanes, drafts, spans, strict=True)
+            if draft.ids
+        }
+        standing = [draft.ids[: verdicts[lane].accepted] if draft.ids else [] for lane, draft in zip(lanes, drafts, strict=True)]
+        self._lanes.commit_drafts(lanes, pending, standing)
+        events = []
+        for lane, span, tokens in zip(lanes, spans, standing, strict=True):
+            if lane in verdicts:
+                drafter.observe(lane.owner, len(tokens))
+                events += self._take(lane, tokens, verdicts[lane].token, logits[span])
+        others = [(lane, span.start) for lane, span in zip(lanes, spans, strict=True) if lane not in verdicts]
+        if others:
+            events += self._advance([lane for lane, _ in others], logits[[start for _, start in others]])
+        return events
+
+    def _take(self, lane: Lane, standing: list[int], token: int | None, logits: Tensor) -> list[Event]:
+        """Hand out the tokens of a draft that stand and the one that follows them, as far as the text goes."""
+        continuation: Continuation = lane.owner
+        if token is None:
+            return self._fail(continuation)
+        tokens = [*standing, token]
+        reports = self._chooser.report([continuation] * len(tokens), logits[: len(tokens)], tokens)
+        events: list[Event] = []
+        for each, report in zip(tokens, reports, strict=True):
+            events.append(continuation.accept(each, report))
+            if events[-1].result is not None:
+                break
+        self._stats.generated_tokens += len(events)
+        self._stats.accepted_tokens += min(len(events), len(standing))
+        self._lanes.keep([lane])
+        if events[-1].result is None:
+            lane.ids.append(token)
+        else:
+            self._end(continuation)
+        return events
 
     def _advance(self, lanes: Sequence[Lane], logits: Tensor) -> list[Event]:
         """What follows from the logits [B, V] after the last tokens fed to these lanes."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from weft.engine.budget import default_memory, plan_memory
 from weft.engine.prefix import Chain, Hit, PrefixCache, numeric_mode
 from weft.nn import Arena, Model, Runner
+from weft.nn.arena import Copy
+from weft.nn.model import Pending
 
 FIRST_TOKENS = 1024
 FREE_GROWTH = 8
@@ -160,7 +162,7 @@ class Lanes:
         n_new = torch.tensor(counts, device=self.device)
         logits: Tensor = self._runner(tokens.to(self.device), n_new, self._rows(lanes), self._columns(lanes, max(counts)))
         for lane, count in zip(lanes, counts, strict=True):
-            self.advance(lane, count)
+            lane.fed += count
         return logits
 
     def feed_single(self, lanes: Sequence[Lane]) -> Tensor:
@@ -173,12 +175,39 @@ class Lanes:
         counts = self._counts(len(lanes)) if chosen is None else torch.zeros_like(tokens[:, 0]).index_fill_(0, chosen, 1)
         logits: Tensor = self._runner(tokens, counts, self._rows(fed), self._columns(lanes, 1))
         for lane in lanes:
-            self.advance(lane, 1)
+            lane.fed += 1
         return logits if chosen is None else logits[chosen]
 
-    def advance(self, lane: Lane, count: int) -> None:
-        """`count` more tokens of a lane are in its state."""
-        lane.fed += count
+    def feed_drafts(self, lanes: Sequence[Lane], drafts: Sequence[Sequence[int]]) -> tuple[Tensor, Pending]:
+        """Feed each lane its next token and its draft, for which room was reserved: logits [N, V] after each of all these tokens, lane
+        by lane, and what `commit_drafts` takes."""
+        fed = [[lane.ids[lane.fed], *draft] for lane, draft in zip(lanes, drafts, strict=True)]
+        longest = max(map(len, fed))
+        tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in fed], device=self.device)
+        n_new = torch.tensor([len(ids) for ids in fed], device=self.device)
+        index = torch.tensor([row * longest + place for row, ids in enumerate(fed) for place in range(len(ids))], device=self.device)
+        return self._runner.verify(tokens, n_new, index, self._rows(lanes), self._columns(lanes, longest))
+
+    def commit_drafts(self, lanes: Sequence[Lane], pending: Pending, drafts: Sequence[Sequence[int]]) -> None:
+        """After `feed_drafts`, and before anything else is done with the lanes: these beginnings of their drafts stand."""
+        counts = [1 + len(draft) for draft in drafts]
+        self.arena.commit(pending, torch.tensor(counts, device=self.device), self._rows(lanes))
+        for lane, draft, count in zip(lanes, drafts, counts, strict=True):
+            lane.ids += draft
+            lane.fed += count
+
+    def draft_room(self, lane: Lane) -> int:
+        """How many tokens can be drafted for a lane: as many as fit in a pass and in the context, and for a model that needs snapshots not
+        beyond the end of a page."""
+        room = min(self.chunk, self.context - lane.fed) - 1
+        if self.cache.enabled and self.cache.snapshots_needed:
+            room = min(room, self.page - lane.fed % self.page - 1)
+        return room
+
+    def rewind(self, lane: Lane, length: int, copy: Copy | None) -> None:
+        """Take back what a lane was fed beyond its first `length` tokens."""
+        self.arena.rewind(lane.row, length, copy)
+        lane.ids, lane.fed = lane.ids[:length], length
 
     def keep(self, lanes: Sequence[Lane]) -> None:
         """Hand what these lanes have read to the cache."""

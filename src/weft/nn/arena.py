@@ -51,7 +51,7 @@ class Arena(nn.Module):
         super().__init__()
         weight = model.embed.weight
         self.rows, self.max_len, self.max_chunk = rows, max_len, max_chunk
-        self.dtype = dtype or weight.dtype
+        self.dtype = dtype or model.state_dtype
         self._model = (model,)  # in a tuple, so that the model is not registered as a part of its own arena
         self.leaves: dict[Key, Leaf] = dict(_leaves(model))
         self.page = page
