@@ -198,6 +198,7 @@ class Endpoints:
     async def detokenize(self, body: schema.DetokenizeRequest) -> Any:
         """The text of tokens."""
         worker = self.worker(body.model)
+        prepare.check_ids(worker, body.tokens, "tokens")
         return Json({"prompt": await run_in_threadpool(worker.tokenizer.decode, body.tokens)})
 
 

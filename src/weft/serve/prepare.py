@@ -82,14 +82,19 @@ def prompt_ids(worker: Worker, given: Any, param: str) -> list[list[int]]:
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     found = [worker.tokenizer.encode(each) if isinstance(each, str) else list(each) for each in given]
-    vocab = worker.engine.model.spec.vocab
     for number, ids in enumerate(found):
         if not ids:
             raise ApiError(400, f"text {number} of {param} has no tokens; give at least one.", param=param)
-        foreign = next((token for token in ids if token >= vocab), None)
-        if foreign is not None:
-            raise ApiError(400, f"{param} has the token id {foreign}, but the model's ids go from 0 to {vocab - 1}.", param=param)
+        check_ids(worker, ids, param)
     return found
+
+
+def check_ids(worker: Worker, ids: Sequence[int], param: str) -> None:
+    """Raise ApiError for a token id that the model does not have."""
+    vocab = worker.engine.model.spec.vocab
+    foreign = next((token for token in ids if token >= vocab), None)
+    if foreign is not None:
+        raise ApiError(400, f"{param} has the token id {foreign}, but the model's ids go from 0 to {vocab - 1}.", param=param)
 
 
 def check_length(worker: Worker, ids: Sequence[int], param: str, room: int = 1) -> Sequence[int]:

@@ -218,7 +218,8 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = None
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Id], Field(min_length=1)]
 
 
 def _prompt_kind(value: Any) -> str | None:
@@ -266,4 +267,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Id]

@@ -93,6 +93,7 @@ async def _serve(app: App, listener: socket.socket, options: Options, ready: Cal
         app.asgi,
         http=_Protocol,
         ws="none",
+        proxy_headers=False,
         lifespan="on",
         log_level="error",
         access_log=False,
