@@ -18,9 +18,9 @@ MESSAGE = "<{{ message.role }}>{{ message.content }}\n"
 TEMPLATE = "{% for message in messages %}" + MESSAGE + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
-def make_model(folder: Path, chat: bool = True, context: int = 96) -> Path:
+def make_model(folder: Path, chat: bool = True, context: int = 96, vocab: int = 300) -> Path:
     """A Llama-shaped model with random weights, large enough for texts that differ; with `chat`, a chat template."""
-    tokenizer = train_tokenizer("bpe", [STORY], 300)
+    tokenizer = train_tokenizer("bpe", [STORY], vocab)
     if chat:
         tokenizer.settings = replace(tokenizer.settings, chat_templates={"default": TEMPLATE})
     layer = {"repeat": 2, "mixer": {"type": "attention", "heads": 4, "kv_heads": 2, "rope": {}}, "channel": {"type": "gated", "hidden": 64}}

@@ -172,9 +172,23 @@ def test_the_command_itself_runs(model):
 
 def test_the_flags_are_what_scripts_rely_on():
     sampling = "--temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --seed --stop"
-    shared = f"{sampling} --max-tokens --device --dtype --json --help".split()
+    shared = f"{sampling} --max-tokens --device --dtype --draft --json --help".split()
     generate = ["--prompt", "-p", "--n", "--beams", "--length-penalty", "--logprobs", "--top-logprobs", "--no-stream"]
     generate += ["--json-schema", "--regex"]
     for verb, own in (("generate", generate), ("chat", ["--system"])):
         flags = {flag for parameter in load(verb).params for flag in parameter.opts if flag.startswith("-")}
         assert flags | {"--help"} == {*shared, *own}
+
+
+def test_drafts_change_the_speed_alone(weft, model, expected, tmp_path):
+    options = ("generate", model, "-p", PROMPT, "--dtype", "float32", "--json", "--max-tokens")
+    whole = json.loads(weft(*options, 60)[1])
+    for draft in ("ngram", model):
+        code, out, err = weft(*options, 60, "--draft", draft)
+        assert (code, json.loads(out)["ids"]) == (0, whole["ids"])
+    assert re.search(r"(\d+) of \1 drafted tokens stood", err), "who drafts with the model itself is always right"
+    other = make_model(tmp_path / "other", vocab=280)
+    code, _, err = weft(*options, 4, "--draft", other)
+    assert code == 2
+    assert "its tokenizer is another one" in err
+    assert weft(*options, 4, "--draft", tmp_path / "nowhere")[0] == 2

@@ -10,7 +10,7 @@ import typer
 
 from weft.cli.chat_commands import COMMANDS, Leave, Session, run_command
 from weft.cli.console import emit_json, say
-from weft.cli.options import RunOptions, SamplingOptions, with_groups
+from weft.cli.options import EngineOptions, SamplingOptions, with_groups
 from weft.cli.pace import Pace
 from weft.errors import UserError
 
@@ -23,7 +23,7 @@ def chat(
     system: str | None = typer.Option(None, "--system", help="The system prompt."),
     max_tokens: int = typer.Option(1024, "--max-tokens", help="Most tokens of an answer."),
     sampling: SamplingOptions = SamplingOptions(),
-    run: RunOptions = RunOptions(),
+    run: EngineOptions = EngineOptions(),
     json: bool = typer.Option(False, "--json", help="Print the conversation as one JSON object at the end."),
 ) -> None:
     """Talk with a model. /help lists what else can be typed; Ctrl-C ends an answer, Ctrl-D the chat."""
@@ -33,7 +33,7 @@ def chat(
     defaults = {"max_tokens": max_tokens}
     recommended = {"temperature": TEMPERATURE} | generation_defaults(model)
     settings = sampling.params(**(defaults | recommended))
-    conversation = Conversation(open_engine(model, run.device, run.dtype, rows=1, chat=True), system)
+    conversation = Conversation(open_engine(model, run.device, run.dtype, rows=1, chat=True, draft=run.draft), system)
     session = Session(model, conversation, settings)
     talk = _Talk(session, sys.stderr if json else sys.stdout)
     if sys.stdin.isatty():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli.console import emit_json, say
-from weft.cli.options import GrammarOptions, RunOptions, SamplingOptions, with_groups
+from weft.cli.options import EngineOptions, GrammarOptions, SamplingOptions, with_groups
 from weft.cli.pace import Pace
 from weft.errors import UserError
 
@@ -39,7 +39,7 @@ def generate(
     beams: int = typer.Option(1, "--beams", help="Beam search of this width; with --n the best of it."),
     length_penalty: float = typer.Option(1.0, "--length-penalty", help="Beams compare by log-probability / length ** this."),
     output: OutputOptions = OutputOptions(),
-    run: RunOptions = RunOptions(),
+    run: EngineOptions = EngineOptions(),
 ) -> None:
     """Continue a text. Greedy, unless an option asks for samples; no chat template is applied."""
     from weft.engine import Request
@@ -57,7 +57,7 @@ def generate(
         grammar=form.grammar(),
     )
     texts = _read_prompts(prompts)
-    engine = open_engine(model, run.device, run.dtype, rows=max(beams, min(ROWS, n * len(texts))))
+    engine = open_engine(model, run.device, run.dtype, rows=max(beams, min(ROWS, n * len(texts))), draft=run.draft)
     requests = [Request(text, params) for text in texts]
     alone = len(texts) == 1 and n == 1
     stream = alone and beams == 1 and not (output.json or output.no_stream)
@@ -71,6 +71,8 @@ def generate(
     if output.logprobs or output.top_logprobs:
         _say_logprobs(engine, results)
     say(pace.line())
+    if engine.stats.drafted_tokens:
+        say(f"{engine.stats.accepted_tokens} of {engine.stats.drafted_tokens} drafted tokens stood")
 
 
 def _run(engine: "Engine", requests: "Sequence[Request]", stream: bool) -> "tuple[list[Result], Pace]":

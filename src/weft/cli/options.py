@@ -75,6 +75,15 @@ class RunOptions:
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")] = "auto"
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineOptions(RunOptions):
+    """And how text is generated there."""
+
+    draft: Annotated[
+        str, typer.Option("--draft", help="Guess tokens and check several at once: ngram, a smaller model of the same tokenizer, none.")
+    ] = "none"
+
+
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take dataclasses of options: to typer they are so many single options."""
     groups: dict[str, type] = {}

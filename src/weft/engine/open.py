@@ -4,15 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weft.device import pick_device, pick_dtype
+from weft.engine.budget import default_memory
+from weft.engine.draft import ModelDrafter, NgramDrafter
 from weft.engine.engine import Engine
 from weft.errors import UserError
 from weft.files import read_text
-from weft.tokenizer import load_tokenizer
+from weft.nn import Model
+from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.weights.hub import find_model
-from weft.weights.load import load_weights, open_checkpoint
+from weft.weights.load import Checkpoint, load_weights, open_checkpoint
 
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DRAFT_SHARE = 4
 
 
 def open_engine(
@@ -22,11 +28,13 @@ def open_engine(
     rows: int = 16,
     chat: bool = False,
     memory: int | None = None,
+    draft: str = "none",
 ) -> Engine:
     """An engine for a pulled model's name, a model folder or a GGUF file, with its own tokenizer.
 
     device, dtype  as `--device` and `--dtype` take them.
-    memory         bytes for decode state, as Engine takes it.
+    memory         bytes for decode state, as Engine takes it; a draft model has a quarter of them.
+    draft          none, ngram, or a smaller model of the same tokenizer, named as `source` is.
     chat           refuse, before any weights are read, a model without a chat template.
     Raises UserError where the model cannot be had or used.
     """
@@ -37,8 +45,33 @@ def open_engine(
             f"{source} has no chat template, so it was not trained for conversations; continue a text with it: weft generate {source} "
             "-p '…', or chat with another model."
         )
+    model = open_weights(checkpoint, device, dtype)
+    if draft in ("none", "ngram"):
+        return Engine(model, tokenizer, rows=rows, memory=memory, draft=NgramDrafter() if draft == "ngram" else None)
+    memory = default_memory(model.device) if memory is None else memory
+    drafter = _model_drafter(draft, tokenizer, device, dtype, rows, memory // DRAFT_SHARE)
+    return Engine(model, tokenizer, rows=rows, memory=memory - memory // DRAFT_SHARE, draft=drafter)
+
+
+def _model_drafter(source: str, tokenizer: Tokenizer, device: str, dtype: str, rows: int, memory: int) -> ModelDrafter:
+    checkpoint = open_checkpoint(source)
+    other = load_tokenizer(checkpoint.path)
+    places = range(0, max(tokenizer.vocab_size, other.vocab_size), 97)
+    if tokenizer.vocab_size != other.vocab_size or any(tokenizer.token(place) != other.token(place) for place in places):
+        raise UserError(f"{source} cannot draft for this model, as its tokenizer is another one; take a draft model of the same family.")
+    return ModelDrafter(open_weights(checkpoint, device, dtype), rows=rows, memory=memory)
+
+
+def open_weights(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> Model:
+    """The model of a checkpoint in the numbers a user asked for.
+
+    `auto` keeps quantised weights as they are stored and computes in float32 with them, which costs no time; it takes other models in
+    bfloat16. A dtype that is named is the dtype of everything, and a GGUF file's weights are then dequantised.
+    """
     where = pick_device(device)
-    return Engine(load_weights(checkpoint, where, pick_dtype(dtype, where)), tokenizer, rows=rows, memory=memory)
+    if dtype == "auto" and checkpoint.quant is not None:
+        return load_weights(checkpoint, where, torch.float32, packed=True)
+    return load_weights(checkpoint, where, pick_dtype(dtype, where))
 
 
 def generation_defaults(source: str | Path) -> dict[str, Any]:
