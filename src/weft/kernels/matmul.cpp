@@ -55,58 +55,53 @@ inline __m512i spread(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
-// 16 columns of y for each of B blocks, for R rows of x: y[b * R + r]. Two blocks share the work of spreading the activations.
-template <int BITS, int R, int B>
+// 16 columns of y for R rows of x. For a few rows the weights come from memory faster than they are multiplied if they are asked for early.
+template <int BITS, int R>
 void multiply(const Weights& w, int64_t block, const Activations& x, int64_t row, Floats* y) {
   constexpr int BYTES = GROUP * LANES * BITS / 8, SPAN = BITS == 8 ? 4 : 8;  // columns in a chunk of 64 bytes
+  constexpr int AHEAD = 2048;
+  const uint8_t* tile = w.tiles + block * w.groups * BYTES;
   const int64_t width = w.groups * GROUP;
   const __m512i nibble = _mm512_set1_epi8(15);
-  for (int i = 0; i < B * R; ++i) y[i] = zeros();
-  for (int64_t g = 0; g < w.groups; ++g) {
-    __m512i high[B * R], low[B * R];
-    for (int i = 0; i < B * R; ++i) high[i] = low[i] = _mm512_setzero_si512();
+  for (int r = 0; r < R; ++r) y[r] = zeros();
+  for (int64_t g = 0; g < w.groups; ++g, tile += BYTES) {
+    __m512i high[R], low[R];
+    for (int r = 0; r < R; ++r) high[r] = low[r] = _mm512_setzero_si512();
+#pragma GCC unroll 8
     for (int c = 0; c < GROUP / SPAN; ++c) {
-      __m512i bytes[B];
-      for (int b = 0; b < B; ++b) bytes[b] = _mm512_loadu_si512(w.tiles + ((block + b) * w.groups + g) * BYTES + 64 * c);
+      const __m512i bytes = _mm512_loadu_si512(tile + 64 * c);
+      if (R <= 2) fetch(tile + 64 * c + AHEAD);
+#pragma GCC unroll 2
       for (int half = 0; half < SPAN / 4; ++half) {
-        __m512i codes[B];
-        for (int b = 0; b < B; ++b) codes[b] = BITS == 8 ? bytes[b] : _mm512_and_si512(half ? _mm512_srli_epi16(bytes[b], 4) : bytes[b], nibble);
+        const __m512i codes = BITS == 8 ? bytes : _mm512_and_si512(half ? _mm512_srli_epi16(bytes, 4) : bytes, nibble);
         for (int r = 0; r < R; ++r) {
           const int64_t at = (row + r) * width + g * GROUP + SPAN * c + 4 * half;
-          const __m512i h = spread(&x.high[at]), l = spread(&x.low[at]);
-          for (int b = 0; b < B; ++b) {
-            high[b * R + r] = _mm512_dpbusd_epi32(high[b * R + r], codes[b], h);
-            low[b * R + r] = _mm512_dpbusd_epi32(low[b * R + r], codes[b], l);
-          }
+          high[r] = _mm512_dpbusd_epi32(high[r], codes, spread(&x.high[at]));
+          low[r] = _mm512_dpbusd_epi32(low[r], codes, spread(&x.low[at]));
         }
       }
     }
-    for (int b = 0; b < B; ++b) {
-      const int64_t at = ((block + b) * w.groups + g) * LANES;
-      const Floats scale = load(w.scale + at);
-      const Floats minimum = w.minimum ? load(w.minimum + at) : zeros();
-      for (int r = 0; r < R; ++r) {
-        const int64_t group = (row + r) * w.groups + g;
-        const Floats dot = fma(_mm512_cvtepi32_ps(high[b * R + r]), all(STEP), _mm512_cvtepi32_ps(low[b * R + r]));
-        Floats& out = y[b * R + r];
-        out = fma(fma(dot, all(x.scale[group]), all(-w.offset * x.total[group])), scale, out);
-        if (w.minimum) out = fma(minimum, all(x.total[group]), out);
-      }
+    const int64_t at = (block * w.groups + g) * LANES;
+    const Floats scale = load(w.scale + at);
+    const Floats minimum = w.minimum ? load(w.minimum + at) : zeros();
+    for (int r = 0; r < R; ++r) {
+      const int64_t group = (row + r) * w.groups + g;
+      const Floats dot = fma(_mm512_cvtepi32_ps(high[r]), all(STEP), _mm512_cvtepi32_ps(low[r]));
+      y[r] = fma(fma(dot, all(x.scale[group]), all(-w.offset * x.total[group])), scale, y[r]);
+      if (w.minimum) y[r] = fma(minimum, all(x.total[group]), y[r]);
     }
   }
 }
 
 #else
 
-template <int BITS, int R, int B>
+template <int BITS, int R>
 void multiply(const Weights& w, int64_t block, const Activations& x, int64_t row, Floats* y) {
   constexpr int BYTES = GROUP * LANES * BITS / 8;
   const int64_t width = w.groups * GROUP;
-  for (int i = 0; i < B * R; ++i) {
-    const int r = i % R;
-    const int64_t own = block + i / R;
-    const uint8_t* tile = w.tiles + own * w.groups * BYTES;
-    y[i] = zeros();
+  for (int r = 0; r < R; ++r) {
+    const uint8_t* tile = w.tiles + block * w.groups * BYTES;
+    y[r] = zeros();
     for (int64_t g = 0; g < w.groups; ++g, tile += BYTES) {
       int32_t dots[LANES] = {};
       for (int k = 0; k < GROUP; ++k) {
@@ -115,11 +110,11 @@ void multiply(const Weights& w, int64_t block, const Activations& x, int64_t row
         const int chunk = BITS == 8 ? k / 4 : k / 8, shift = BITS == 8 ? 0 : 4 * (k / 4 % 2);
         for (int n = 0; n < LANES; ++n) dots[n] += code * (tile[64 * chunk + 4 * n + k % 4] >> shift & (BITS == 8 ? 255 : 15));
       }
-      const int64_t at = (own * w.groups + g) * LANES, group = (row + r) * w.groups + g;
+      const int64_t at = (block * w.groups + g) * LANES, group = (row + r) * w.groups + g;
       for (int n = 0; n < LANES; ++n) {
         const float scaled = dots[n] * x.scale[group] - w.offset * x.total[group];
-        y[i].lane[n] += scaled * static_cast<float>(w.scale[at + n]);
-        if (w.minimum) y[i].lane[n] += static_cast<float>(w.minimum[at + n]) * x.total[group];
+        y[r].lane[n] += scaled * static_cast<float>(w.scale[at + n]);
+        if (w.minimum) y[r].lane[n] += static_cast<float>(w.minimum[at + n]) * x.total[group];
       }
     }
   }
@@ -127,27 +122,24 @@ void multiply(const Weights& w, int64_t block, const Activations& x, int64_t row
 
 #endif
 
-template <int BITS, int R, int B, typename T>
+template <int BITS, int R, typename T>
 void multiply_rows(const Weights& w, int64_t block, const Activations& x, int64_t row, T* out) {
-  Floats y[B * R];
-  multiply<BITS, R, B>(w, block, x, row, y);
-  for (int i = 0; i < B * R; ++i) store(out + (row + i % R) * w.blocks * LANES + (block + i / R) * LANES, y[i]);
+  Floats y[R];
+  multiply<BITS, R>(w, block, x, row, y);
+  for (int r = 0; r < R; ++r) store(out + ((row + r) * w.blocks + block) * LANES, y[r]);
 }
 
 template <int BITS, typename T>
 void multiply_blocks(const Weights& w, int64_t begin, int64_t end, const Activations& x, int64_t rows, T* out) {
-  int64_t block = begin;
-  for (; block + 2 <= end && rows <= 2; block += 2)
-    rows == 1 ? multiply_rows<BITS, 1, 2>(w, block, x, 0, out) : multiply_rows<BITS, 2, 2>(w, block, x, 0, out);
-  for (; block < end; ++block) {
+  for (int64_t block = begin; block < end; ++block) {
     int64_t row = 0;
-    for (; row + 6 <= rows; row += 6) multiply_rows<BITS, 6, 1>(w, block, x, row, out);
+    for (; row + 6 <= rows; row += 6) multiply_rows<BITS, 6>(w, block, x, row, out);
     switch (rows - row) {
-      case 5: multiply_rows<BITS, 5, 1>(w, block, x, row, out); break;
-      case 4: multiply_rows<BITS, 4, 1>(w, block, x, row, out); break;
-      case 3: multiply_rows<BITS, 3, 1>(w, block, x, row, out); break;
-      case 2: multiply_rows<BITS, 2, 1>(w, block, x, row, out); break;
-      case 1: multiply_rows<BITS, 1, 1>(w, block, x, row, out); break;
+      case 5: multiply_rows<BITS, 5>(w, block, x, row, out); break;
+      case 4: multiply_rows<BITS, 4>(w, block, x, row, out); break;
+      case 3: multiply_rows<BITS, 3>(w, block, x, row, out); break;
+      case 2: multiply_rows<BITS, 2>(w, block, x, row, out); break;
+      case 1: multiply_rows<BITS, 1>(w, block, x, row, out); break;
       default: break;
     }
   }

@@ -123,6 +123,14 @@ class Model(nn.Module):
         """In which numbers the model computes."""
         return self.embed.weight.dtype
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """In which numbers decode state is kept unless something else is asked for: the model's own, but half of float32 for the keys and
+        values of a quantised model, whose weights are far coarser. A state that is fed back at every token stays as it is."""
+        leaves = [leaf for layer in self.state_spec() for part in layer.values() for leaf in (part or {}).values()]
+        fed_back = any(leaf.kind == "fixed" for leaf in leaves)
+        return torch.bfloat16 if self.spec.quant is not None and self.dtype == torch.float32 and not fed_back else self.dtype
+
 
 class Head(nn.Module):
     """The map from hidden states to logits. A tied head owns no weight: it is lent the embedding's, which stays one parameter."""
