@@ -16,6 +16,8 @@ import httpx
 import pytest
 from serve_cases import Server, endless, events, make_model, serving
 
+from weft.cli.main import load
+
 JSON = {"Content-Type": "application/json"}
 
 
@@ -282,6 +284,12 @@ def test_what_cannot_be_served_is_refused_before_it_starts(folder, tmp_path):
             assert process.returncode == 2
             assert said in errors
             assert errors.count("\n") == 1
+
+
+def test_the_flags_are_what_scripts_rely_on():
+    own = ["--host", "--port", "--api-key", "--cors", "--rows", "--queue", "--memory", "--timeout", "--body-limit", "--grace"]
+    flags = {flag for parameter in load("serve").params for flag in parameter.opts if flag.startswith("-")}
+    assert flags | {"--help", "--draft"} == {*own, "--device", "--dtype", "--draft", "--json", "--help"}
 
 
 def test_a_thousand_connections_at_once(folder):
