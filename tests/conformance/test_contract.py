@@ -158,6 +158,74 @@ def test_snapshot_restores_into_any_row(name, page):
     torch.testing.assert_close(first, again, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_begins_on_the_pages_of_another(name):
+    """What a prefix cache does: full pages by reference, and for state that is kept a row a snapshot from their end."""
+    model, tokens = make(name), make_tokens()
+    truth = reference(model, tokens)
+    other = tokens.clone()
+    other[0, 4:] = make_tokens(seed=5)[0, 4:]
+    truth_other = reference(model, other)
+    worst = []
+    for complete in (True, False):
+        arena = Arena(model, BATCH, LENGTH, CHUNK, page=4)
+        arena.prime(*make_memory())
+        arena.reserve({0: 13})
+        feed(arena, tokens[:1, :4], [4], [4], rows=[0])
+        copy = arena.snapshot(0, paged=False)
+        static = {key: arena._buffer(key)[0].clone() for key, leaf in arena.leaves.items() if leaf.kind == "static"}
+        feed(arena, tokens[:1, 4:9], [5], [5], rows=[0])
+        arena.attach(2, arena.pages.owned[0][:1], 4, {**copy, **static} if complete else None)
+        if not complete:  # the memory is the request's own, and there either way
+            for key, value in static.items():
+                arena._buffer(key)[2] = value
+        arena.reserve({2: 9})
+        theirs = feed(arena, other[:1, 4:9], [5], [5], rows=[2])
+        ours = feed(arena, tokens[:1, 9:13], [4], [4], rows=[0])
+        assert (ours[0] - truth[0, 9:13]).abs().max() < TOLERANCE
+        worst.append((theirs[0] - truth_other[0, 4:9]).abs().max())
+        assert arena.pages.references[arena.pages.owned[0][0]] == 2
+    assert worst[0] < TOLERANCE
+    if any(leaf.kind in ("fixed", "ring") for leaf in arena.leaves.values()):
+        assert worst[1] > 1e-6, "control: without the snapshot it would be another text's state, or none"
+
+
+@pytest.mark.parametrize("page", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_going_back_to_before_a_draft(name, page):
+    model, tokens = make(name), make_tokens()
+    truth, arena = reference(model, tokens), make_arena(model, page)
+    for start in (0, 3, 6):
+        feed(arena, tokens[:, start : start + 3], [3] * BATCH, [3] * BATCH)
+    copy = arena.snapshot(1, paged=False)
+    feed(arena, make_tokens(length=CHUNK, seed=9), [0, CHUNK, 0], [0, CHUNK, 0])
+    arena.rewind(1, 9, copy if any(leaf.kind == "fixed" for leaf in arena.leaves.values()) else None)
+    logits = feed(arena, tokens[:, 9:14], [5, 5, 5], [5, 5, 5])
+    assert (logits - truth[:, 9:14]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_pages_and_lengths_grow_under_way(name):
+    model, tokens = make(name), make_tokens()
+    truth = reference(model, tokens)
+    arena = Arena(model, 2, 11, CHUNK, page=4, num_pages=2, max_pages=40)
+    arena.prime(*(each[:2] for each in make_memory()))
+    for start in (0, 5):
+        arena.reserve({0: start + 5, 1: start + 5})
+        feed(arena, tokens[:2, start : start + 5], [5, 5], [5, 5])
+    pools = [arena._buffer(key).data_ptr() for key, leaf in arena.leaves.items() if leaf.kind == "append"]
+    arena.move(1, 0)
+    arena.resize(3, LENGTH)
+    assert pools == [arena._buffer(key).data_ptr() for key, leaf in arena.leaves.items() if leaf.kind == "append"]
+    for start in (10, 15, 20):
+        arena.reserve({0: start + 5})
+        logits = feed(arena, tokens[1:2, start : start + 5], [5], [5], rows=[0])
+        assert (logits[0] - truth[1, start : start + 5]).abs().max() < TOLERANCE
+    assert arena.num_pages > 4
+    arena.reset([0])
+    assert arena.pages.num_used == 0
+
+
 # 3: padding and idle rows are inert
 
 

@@ -365,7 +365,7 @@ class Engine:
             else:
                 self._lanes.keep([continuation.lane])
                 self._end(continuation)
-        self._stats.generated_tokens += len(batch)
+        self._stats.generated_tokens += sum(event.token is not None for event in events)
         return events
 
     def _advance_beams(self, group: BeamGroup, logits: Tensor) -> list[Event]:

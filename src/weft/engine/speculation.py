@@ -1,5 +1,6 @@
 """Speculative decoding: whether to draft and how far, and which tokens of a draft stand."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,12 +73,14 @@ class DraftLength:
     """Decides from what passes cost, and from how many drafted tokens stood, how many to draft; 0 where drafting does not pay.
 
     With a share a of drafted tokens standing, each alike, a pass with k of them yields (1 - a^(k+1)) / (1 - a) tokens (Leviathan et al.
-    2023, equation 1). The k with the most tokens a second is taken. Where that is 0, drafting rests for some passes, for twice as many
-    each time, and is then tried again. What is decided changes the speed alone.
+    2023, equation 1). The k with the most tokens a second is taken, now and then the one below or above it, and now and then none, so
+    that what passes cost stays known. Where none is best, drafting rests for some passes, for twice as many each time, and is then tried
+    again. What is decided changes the speed alone.
 
     most  longest draft.
     """
 
+    WARM, REFRESH = 3, 64
     FIRST_REST, LONGEST_REST, TRIAL = 16, 1024, 4
     WEIGHT = 0.2
     EXPECTED_SHARE, EXPECTED_COST = 0.5, 0.1
@@ -86,6 +89,8 @@ class DraftLength:
         self.most = most
         self.share = self.EXPECTED_SHARE
         self._seconds: dict[tuple[int, int], float] = {}
+        self._passes: Counter[tuple[int, int]] = Counter()
+        self._turns = 0
         self._resting = 0
         self._rest = self.FIRST_REST
         self._trial = 0
@@ -93,7 +98,7 @@ class DraftLength:
     def choose(self, rows: int) -> int:
         """How many tokens to draft for each of so many rows."""
         size = _size(rows)
-        if (size, 0) not in self._seconds:
+        if self._passes[size, 0] < self.WARM:
             return 0  # first learn what a pass costs without
         if self._resting:
             self._resting -= 1
@@ -102,7 +107,11 @@ class DraftLength:
         best = max(range(self.most + 1), key=lambda count: self._rate(size, count))
         if best:
             self._rest = self.FIRST_REST
-            return best
+            self._turns += 1
+            if self._turns % self.REFRESH == 0:
+                return 0
+            change = {4: -1, 12: 1}.get(self._turns % 16, 0)
+            return min(max(1, best + change), self.most)
         if self._trial:
             self._trial -= 1
             return min(2, self.most)
@@ -112,9 +121,12 @@ class DraftLength:
     def observe(self, rows: int, count: int, seconds: float, drafted: int, accepted: int) -> None:
         """A pass over so many rows, the longest draft of which had `count` tokens, took so long; of all that was drafted, so many stood."""
         key = (_size(rows), count)
-        known = self._seconds.get(key)
-        # A pause of the machine is not the cost of a pass.
-        self._seconds[key] = seconds if known is None else known + self.WEIGHT * (min(seconds, 3 * known) - known)
+        known = self._seconds.get(key, seconds)
+        self._passes[key] += 1
+        if self._passes[key] <= self.WARM:  # the first passes of a kind also pay for what is done once
+            self._seconds[key] = min(known, seconds)
+        else:  # a pause of the machine is not the cost of a pass
+            self._seconds[key] = known + self.WEIGHT * (min(seconds, 3 * known) - known)
         if drafted:
             weight = 1 - (1 - self.WEIGHT / 4) ** drafted
             self.share += weight * (accepted / drafted - self.share)
