@@ -42,6 +42,7 @@ class Server:
         settings = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
         self.errors: list[str] = []
+        self.told = False
         threading.Thread(target=self._read_errors, daemon=True).start()
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -70,10 +71,15 @@ class Server:
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
-    def stop(self, number: int = signal.SIGTERM) -> tuple[int, dict[str, Any]]:
-        """Tell it to stop; its exit code, and what it said last."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+    def tell(self, number: int) -> None:
+        """Send a signal, the first of which tells it to stop."""
+        self.told = True
+        self.process.send_signal(number)
+
+    def stop(self) -> tuple[int, dict[str, Any]]:
+        """Tell it to stop, unless it was told; its exit code, and what it said last."""
+        if not self.told:
+            self.tell(signal.SIGTERM)
         assert self.process.stdout is not None
         said = self.process.stdout.read().splitlines()
         return self.process.wait(timeout=60), json.loads(said[-1]) if said else {}

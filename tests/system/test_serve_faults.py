@@ -203,11 +203,11 @@ def test_a_server_that_is_told_to_stop_finishes_what_runs(folder, number):
         alone = server.chat(client, **long).json()["choices"][0]
         [thread.start() for thread in threads]
         eventually(lambda: server.metric("weft_running") == 4)
-        server.process.send_signal(number)
+        server.tell(number)
         eventually(lambda: client.get("/health").status_code == 503, 5)
         refused.append(server.chat(client))
     [thread.join() for thread in threads]
-    code, said = server.stop(number)
+    code, said = server.stop()
     assert (code, said["event"], said["drained"]) == (0, "stopped", True)
     assert is_error(refused[0], 503)
     assert "retry-after" in refused[0].headers
@@ -223,7 +223,7 @@ def test_grace_has_an_end(folder):
     with server.client() as client, server.stream(client, **endless(folder), n=12) as response:
         lines = response.iter_lines()
         next(lines)
-        server.process.send_signal(signal.SIGTERM)
+        server.tell(signal.SIGTERM)
         said = [json.loads(line.removeprefix("data: ")) for line in lines if line]
     assert said[-1]["error"]["code"] == "shut_down"
     code, outcome = server.stop()
@@ -289,7 +289,7 @@ def test_what_cannot_be_served_is_refused_before_it_starts(folder, tmp_path):
 def test_the_flags_are_what_scripts_rely_on():
     own = ["--host", "--port", "--api-key", "--cors", "--rows", "--queue", "--memory", "--timeout", "--body-limit", "--grace"]
     flags = {flag for parameter in load("serve").params for flag in parameter.opts if flag.startswith("-")}
-    assert flags | {"--help", "--draft"} == {*own, "--device", "--dtype", "--draft", "--json", "--help"}
+    assert flags | {"--help"} == {*own, "--device", "--dtype", "--draft", "--json", "--help"}
 
 
 def test_a_thousand_connections_at_once(folder):

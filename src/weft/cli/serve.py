@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.console import emit_json, say
-from weft.cli.options import RunOptions, with_groups
+from weft.cli.options import EngineOptions, with_groups
 from weft.errors import UserError
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
@@ -41,7 +41,7 @@ def serve(
     models: list[str] = typer.Argument(None, help="Pulled names, model folders or GGUF files; NAME=MODEL names one anew."),
     access: AccessOptions = AccessOptions(),
     limits: LimitOptions = LimitOptions(),
-    run: RunOptions = RunOptions(),
+    run: EngineOptions = EngineOptions(),
     json: bool = typer.Option(False, "--json", help="Print one JSON object when ready, and one at the end."),
 ) -> None:
     """Answer requests over HTTP, as OpenAI's servers do, with a chat page at /."""
@@ -61,7 +61,7 @@ def serve(
         local_only=server.is_local(access.host),
     )
     state = _bytes(limits.memory)
-    options = server.Options(run.device, run.dtype, limits.rows, state, limits.grace, given)
+    options = server.Options(run.device, run.dtype, run.draft, limits.rows, state, limits.grace, given)
     app = server.open_app(models or ["smollm2-135m"], options)
     where, names = server.address(listener), list(app.workers)
 

@@ -38,6 +38,7 @@ class Options:
 
     device: str = "auto"
     dtype: str = "auto"
+    draft: str = "none"
     rows: int = 16
     memory: int | None = None
     grace_s: float = 30.0
@@ -74,7 +75,7 @@ def open_app(models: Sequence[str], options: Options) -> App:
         memory = default_memory(pick_device(options.device))
     share = None if memory is None else memory // len(names)
     for name, source in names.items():
-        engine = open_engine(source, options.device, options.dtype, rows=options.rows, memory=share)
+        engine = open_engine(source, options.device, options.dtype, rows=options.rows, memory=share, draft=options.draft)
         workers[name] = Worker(name, engine, options.rows, options.limits.queue, metrics.of(name))
     return App(workers, options.limits, metrics)
 
