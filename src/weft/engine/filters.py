@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUCLEUS_GUESS = 1024
+NUCLEUS_GUESSES = (128, 1024)
+BLOCK = 64
 
 
 def penalise_repeats(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -42,13 +43,23 @@ def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     if bool((p >= 1).all()):
         return logits
     probs = logits.softmax(-1)
-    ranked = probs.topk(min(NUCLEUS_GUESS, probs.shape[-1])).values
-    if bool((ranked.cumsum(-1)[:, -1] < p).any()):  # the nucleus of some row is wider than guessed
-        ranked = probs.sort(descending=True).values
+    ranked = _most_likely(probs, p)
     before = F.pad(ranked.cumsum(-1)[:, :-1], (1, 0))
     last = (before < p[:, None]).sum(-1, keepdim=True) - 1
     least = ranked.gather(1, last.clamp(min=0))
     return logits.masked_fill((probs < least) & (p < 1)[:, None], -torch.inf)
+
+
+def _most_likely(probs: Tensor, p: Tensor) -> Tensor:
+    """The largest of probabilities [B, V] in order, as many as reach p [B] in every row where p is below 1."""
+    p = torch.where(p < 1, p, 0.0)
+    for guess in NUCLEUS_GUESSES:
+        ranked = probs.topk(min(guess, probs.shape[-1])).values
+        if bool((ranked.cumsum(-1)[:, -1] >= p).all()):
+            return ranked
+    # All that are below half of (1 - p) / V come to less than 1 - p together: the others reach p.
+    needed = (probs >= (1 - p)[:, None] / (2 * probs.shape[-1])) & (p > 0)[:, None]
+    return probs.topk(int(needed.sum(-1).max())).values
 
 
 def keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
@@ -60,9 +71,19 @@ def keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample ids [B] from rows [B, V] by inverting their cumulative sums at uniforms [B] in [0, 1)."""
+    """Sample ids [B] from rows [B, V] by inverting their cumulative sums at uniforms [B] in [0, 1).
+
+    First among blocks of tokens, then in the block: sums of all tokens in float64 would cost as much as the softmax.
+    """
+    batch, vocab = probs.shape
+    blocks = F.pad(probs, (0, -vocab % BLOCK)).view(batch, -1, BLOCK)
     # float64, as the last tokens of a large vocabulary would else share one rounded sum; Apple's GPUs have none.
-    wide = probs if probs.device.type == "mps" else probs.double()
-    cumulative = wide.cumsum(-1)
-    point = uniforms.to(wide)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+    dtype = probs.dtype if probs.device.type == "mps" else torch.float64
+    sums = blocks.sum(-1, dtype=dtype).cumsum(-1)
+    point = uniforms.to(sums)[:, None] * sums[:, -1:]
+    block = torch.searchsorted(sums, point, right=True).clamp(max=sums.shape[1] - 1)
+    before = F.pad(sums, (1, 0)).gather(1, block)
+    within = blocks[torch.arange(batch, device=probs.device), block[:, 0]].to(dtype).cumsum(-1)
+    # Below the block's own sum, however it was rounded: the token that is found then has a probability above 0.
+    point = torch.minimum(point - before, within[:, -1:] * (1 - 1e-12 if dtype == torch.float64 else 1 - 1e-6))
+    return block[:, 0] * BLOCK + torch.searchsorted(within, point, right=True)[:, 0]

@@ -35,7 +35,7 @@ class Sampler:
         self.vocab = logits.shape[-1]
         self._like = wide(logits[:0])
         self._greedy = torch.tensor([p.greedy for p in params], device=logits.device)
-        self._all_greedy = all(p.greedy for p in params)
+        self._all_greedy, self._any_greedy = all(p.greedy for p in params), any(p.greedy for p in params)
         self._seen = self._counts = None
         if any(p.repetition_penalty != 1 for p in params):
             self._seen = self._count([[*h.prompt, *h.generated] for h in histories]) > 0
@@ -81,14 +81,16 @@ class Sampler:
         return self._distribution(self.penalise(logits))
 
     def _distribution(self, logits: Tensor) -> Tensor:
-        best = torch.zeros_like(logits).scatter_(1, likeliest(logits)[1][:, None], 1.0)
-        if self._all_greedy:
-            return best
+        if self._any_greedy:
+            best = torch.zeros_like(logits).scatter_(1, likeliest(logits)[1][:, None], 1.0)
+            if self._all_greedy:
+                return best
         heated = filters.heat(logits, torch.where(self._greedy, 1.0, self._column("temperature")))
         kept = filters.keep_top_k(heated, self._column("top_k"))
         kept = filters.keep_top_p(kept, self._column("top_p"))
         kept = filters.keep_min_p(kept, self._column("min_p"))
-        return torch.where(self._greedy[:, None], best, kept.softmax(-1))
+        probs = kept.softmax(-1)
+        return torch.where(self._greedy[:, None], best, probs) if self._any_greedy else probs
 
     def sample(self, logits: Tensor, uniforms: Sequence[float]) -> Tensor:
         """Ids [B] for logits [B, V], one number in [0, 1) a row (greedy rows do not use theirs)."""

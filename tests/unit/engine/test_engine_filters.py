@@ -71,11 +71,11 @@ def test_top_p_equals_its_twin(ties):
 
 
 def test_a_nucleus_wider_than_the_guess_is_found():
-    flat = torch.randn(2, 3 * filters.NUCLEUS_GUESS, generator=torch.Generator().manual_seed(0)).double() * 0.1
+    flat = torch.randn(2, 3 * filters.NUCLEUS_GUESSES[-1], generator=torch.Generator().manual_seed(0)).double() * 0.1
     p = torch.tensor([0.2, 0.9], dtype=torch.float64)
     found = kept(filters.keep_top_p(flat, p))
     assert found == [naive_top_p(row.tolist(), x) for row, x in zip(flat, p.tolist(), strict=True)]
-    assert len(found[1]) > filters.NUCLEUS_GUESS > len(found[0])
+    assert len(found[1]) > filters.NUCLEUS_GUESSES[-1] > len(found[0])
     assert kept(filters.keep_top_p(flat[:1], p[:1])) == found[:1], "a row's nucleus does not depend on a wider one beside it"
 
 
@@ -136,3 +136,19 @@ def test_distributions_equal_those_of_transformers():
             theirs = step(ids, theirs)
         torch.testing.assert_close(ours[row], theirs.softmax(-1)[0], rtol=0, atol=1e-12)
         assert (ours[row] - logits[row].softmax(-1)).abs().max() > 1e-3, "control: the filters did something"
+
+
+@pytest.mark.parametrize("vocab", [7, 64, 200, 5001])
+def test_draws_in_blocks_equal_draws_from_one_sum(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    probs = (torch.randn(400, vocab, generator=generator, dtype=torch.float64) * 3).softmax(-1)
+    probs[torch.rand(probs.shape, generator=generator) < 0.5] = 0.0
+    probs[:, -1] += 1e-3
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniforms[:3] = torch.tensor([0.0, 1 - 2**-40, 0.5])
+    found = filters.draw(probs, uniforms)
+    sums = probs.cumsum(-1)
+    want = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)[:, 0]
+    assert torch.equal(found, want)
+    assert (probs.gather(1, found[:, None]) > 0).all()
+    assert not torch.equal(filters.draw(probs, uniforms.flip(0)), want), "control"
