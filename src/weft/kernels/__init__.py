@@ -34,21 +34,23 @@ def available() -> bool:
 
 
 class _Session:
-    """The dtype for which the question is settled, between `settled` and its end."""
+    """Between `settled` and its end: the dtype for which the question is settled, and whether products may be coarse."""
 
     dtype: torch.dtype | None = None
+    coarse = False
 
 
 @contextmanager
-def settled(model_dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def settled(model_dtype: torch.dtype, device: torch.device, coarse: bool = False) -> Iterator[None]:
     """Decide once for all that happens inside whether kernels are used for tensors of the model's dtype: the question costs a microsecond
-    and a token asks it hundreds of times."""
-    before = _Session.dtype
+    and a token asks it hundreds of times. `coarse` rounds what quantised weights are multiplied with to 8 bits instead of 16."""
+    before = _Session.dtype, _Session.coarse
+    _Session.coarse = coarse
     _Session.dtype = model_dtype if device.type == "cpu" and _allowed() and model_dtype in DTYPES and available() else None
     try:
         yield
     finally:
-        _Session.dtype = before
+        _Session.dtype, _Session.coarse = before
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -57,6 +59,11 @@ def usable(*tensors: Tensor) -> bool:
     if dtype is _Session.dtype:
         return True
     return dtype in DTYPES and _allowed() and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors) and available()
+
+
+def coarse() -> bool:
+    """Whether quantised weights may be multiplied with activations of 8 bits."""
+    return _Session.coarse
 
 
 def _allowed() -> bool:

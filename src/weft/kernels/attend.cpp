@@ -102,11 +102,15 @@ void attend_units(
     const int64_t unit = base + i, chunk = unit % chunks, group = unit / chunks % problem.groups, place = unit / chunks / problem.groups;
     const int64_t block = place % blocks, token = place / blocks, row = token / problem.length;
     const int64_t first = group * share + chunk * HEADS, present = std::min<int64_t>(HEADS, share - chunk * HEADS);
+    if (place != last) count = visible(problem, row, problem.asked[token], block, found);  // the heads of a token see the same
+    last = place;
+    if (count == 0) {
+      for (int h = 0; h < HEADS; ++h) parts[i].most[h] = -INFINITY, parts[i].total[h] = 0.0f;
+      continue;
+    }
     const int64_t filled = present * problem.width;
     std::memcpy(queries, q + (token * problem.heads + first) * problem.width, filled * sizeof(float));
     std::fill(queries + filled, queries + HEADS * problem.width, 0.0f);
-    if (place != last) count = visible(problem, row, problem.asked[token], block, found);  // the heads of a token see the same
-    last = place;
     attend_block<PARTS, HEADS>(
         queries, keys + group * problem.key_stride, values + group * problem.value_stride, found, count, problem.softcap, scores, parts[i],
         sums + i * HEADS * problem.width);
@@ -128,7 +132,8 @@ void join(const Problem& problem, int64_t heads_at_once, const Parts* parts, con
         Floats y = zeros();
         total = 0.0f;
         for (int64_t b = 0; b < blocks; ++b) {
-          const float weight = parts[unit + b * stride].total[h] > 0.0f ? std::exp(parts[unit + b * stride].most[h] - most) : 0.0f;
+          if (!(parts[unit + b * stride].total[h] > 0.0f)) continue;
+          const float weight = std::exp(parts[unit + b * stride].most[h] - most);
           total += weight * parts[unit + b * stride].total[h];
           y = fma(all(weight), load(sums + ((unit + b * stride) * heads_at_once + h) * problem.width + d), y);
         }
@@ -143,19 +148,22 @@ void attend_all(const Problem& problem, const float* q, const at::Tensor& keys, 
   const S *k = keys.const_data_ptr<S>(), *v = values.const_data_ptr<S>();
   const int64_t share = problem.heads / problem.groups, units = problem.groups * ((share + HEADS - 1) / HEADS) * problem.blocks();  // a token
   const int64_t tokens = problem.batch * problem.length, span = std::max<int64_t>(1, 4096 / units);  // tokens whose parts are held at a time
-  std::vector<Parts> parts(std::min(span, tokens) * units);
-  std::vector<float> sums(parts.size() * HEADS * problem.width);
+  thread_local std::vector<Parts> own_parts;  // kept from call to call: clearing them took a twentieth of the time of a prompt
+  thread_local std::vector<float> own_sums;
+  own_parts.resize(std::max<size_t>(own_parts.size(), std::min(span, tokens) * units));
+  own_sums.resize(std::max<size_t>(own_sums.size(), std::min(span, tokens) * units * HEADS * problem.width));
+  Parts* parts = own_parts.data();
+  float* sums = own_sums.data();
   for (int64_t first = 0; first < tokens; first += span) {
     const int64_t last = std::min(tokens, first + span);
-    Problem here = problem;
     const int64_t workers = at::get_num_threads();
     at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {  // dealt like cards: neighbouring blocks are alike, the last ones empty
       for (int64_t worker = begin; worker < end; ++worker)
-        attend_units<PARTS, HEADS, S>(here, q, k, v, first * units, worker, workers, (last - first) * units, parts.data(), sums.data());
+        attend_units<PARTS, HEADS, S>(problem, q, k, v, first * units, worker, workers, (last - first) * units, parts, sums);
     });
     WEFT_DISPATCH(out, T, {
       T* to = out.mutable_data_ptr<T>();
-      at::parallel_for(first, last, 32, [&](int64_t begin, int64_t end) { join(here, HEADS, parts.data(), sums.data(), first, begin, end, to); });
+      at::parallel_for(first, last, 32, [&](int64_t begin, int64_t end) { join(problem, HEADS, parts, sums, first, begin, end, to); });
     })
   }
 }
@@ -188,15 +196,19 @@ at::Tensor attend_entries(
   const at::Tensor q = query.contiguous(), where = index.contiguous(), when = positions.contiguous(), asked = queries.contiguous();
   TORCH_CHECK(keys.scalar_type() == values.scalar_type(), "keys and values differ in dtype");
   at::Tensor out = at::empty(q.sizes(), q.options());
-  std::vector<float> scaled(q.numel());
+  thread_local std::vector<float> own;
+  own.resize(std::max<size_t>(own.size(), q.numel()));
+  float* scaled = own.data();
   WEFT_DISPATCH(q, T, {
     const T* from = q.const_data_ptr<T>();
-    for (int64_t i = 0; i < q.numel(); ++i) scaled[i] = static_cast<float>(from[i]) * static_cast<float>(scale);
+    at::parallel_for(0, q.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) scaled[i] = static_cast<float>(from[i]) * static_cast<float>(scale);
+    });
   })
   const Problem problem{
       q.size(0), q.size(1), q.size(2), groups, q.size(3), where.size(1), window, static_cast<float>(softcap),
       where.const_data_ptr<int64_t>(), when.const_data_ptr<int64_t>(), asked.const_data_ptr<int64_t>(), key_stride, value_stride};
-  WEFT_DISPATCH(keys, S, { attend_by_width<S>(q.size(3), q.size(2) / groups, problem, scaled.data(), keys, values, out); })
+  WEFT_DISPATCH(keys, S, { attend_by_width<S>(q.size(3), q.size(2) / groups, problem, scaled, keys, values, out); })
   return out;
 }
 

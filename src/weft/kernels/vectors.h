@@ -79,6 +79,13 @@ inline int32_t split(Floats x, int8_t* high, int8_t* low) {
   return _mm512_reduce_add_epi32(code);
 }
 
+// Rounds 16 numbers, at most 127 in size, to integers; returns their sum.
+inline int32_t narrow(Floats x, int8_t* out) {
+  const __m512i code = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(code));
+  return _mm512_reduce_add_epi32(code);
+}
+
 #else
 
 inline void fetch(const void*) {}
@@ -105,6 +112,11 @@ inline Floats divide(Floats a, Floats b) { WEFT_LANES(a.lane[i] / b.lane[i]) }
 inline Floats max(Floats a, Floats b) { WEFT_LANES(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]) }
 inline Floats abs(Floats a) { WEFT_LANES(std::fabs(a.lane[i])) }
 inline Floats exponential(Floats x) { WEFT_LANES(std::exp(x.lane[i])) }
+inline int32_t narrow(Floats x, int8_t* out) {
+  int32_t total = 0;
+  for (int i = 0; i < LANES; ++i) total += out[i] = static_cast<int8_t>(std::nearbyintf(x.lane[i]));
+  return total;
+}
 inline int32_t split(Floats x, int8_t* high, int8_t* low) {
   int32_t total = 0;
   for (int i = 0; i < LANES; ++i) {
