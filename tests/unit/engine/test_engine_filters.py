@@ -145,7 +145,7 @@ def test_draws_in_blocks_equal_draws_from_one_sum(vocab):
     probs[torch.rand(probs.shape, generator=generator) < 0.5] = 0.0
     probs[:, -1] += 1e-3
     uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
-    uniforms[:3] = torch.tensor([0.0, 1 - 2**-40, 0.5])
+    uniforms[:3] = torch.tensor([0.0, 1 - 2**-40, 0.5], dtype=torch.float64)
     found = filters.draw(probs, uniforms)
     sums = probs.cumsum(-1)
     want = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)[:, 0]
