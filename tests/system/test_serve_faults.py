@@ -155,6 +155,7 @@ def test_a_client_that_vanishes_frees_its_place(server, client, folder, stream):
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/chat/completions", json=GOOD | endless(folder) | {"n": 4, "temperature": 1}, timeout=0.2)
     eventually(lambda: server.metric("weft_cancelled_total") == before + 1)
+    assert 'status="5' not in client.get("/metrics").text
     eventually(lambda: server.metric("weft_running") + server.metric("weft_queue") == 0)
     assert server.chat(client).status_code == 200
 

@@ -83,6 +83,13 @@ def test_greedy_answers_are_valid(client, name):
     assert not jsonschema_rs.is_valid(SCHEMAS[name], {"answer": value})
 
 
+def test_embeddings_tell_texts_apart(client):
+    texts = ["A cat sleeps on the sofa.", "A kitten is asleep on the couch.", "Interest rates rose by a quarter of a percent."]
+    vectors = [each.embedding for each in client.embeddings.create(model=MODEL, input=texts).data]
+    close, far = (sum(a * b for a, b in zip(vectors[0], other, strict=True)) for other in vectors[1:])
+    assert far < close < 1
+
+
 def test_it_calls_a_tool_and_uses_what_comes_back(client):
     question = "What is the weather in Paris?"
     called = ask(client, question, tools=[WEATHER], tool_choice="required")

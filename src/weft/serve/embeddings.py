@@ -13,7 +13,7 @@ CHUNK = 256
 
 def embed(model: Model, ids: Sequence[int]) -> Generator[None, None, list[float]]:
     """The vector of one text, float32; yields between chunks, so that other work goes on beside a long one."""
-    device = model.embed.weight.device
+    device = model.device
     with torch.inference_mode():
         arena = Arena(model, 1, len(ids), min(CHUNK, len(ids)))
         total = torch.zeros(model.spec.dim, dtype=torch.float64, device=device)

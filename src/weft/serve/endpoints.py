@@ -7,13 +7,14 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
 
 from weft.engine import Event
 from weft.errors import UserError, nearest
 from weft.serve import answers, embeddings, prepare, schema
 from weft.serve.answers import Choice, Frame
 from weft.serve.errors import ApiError, Json
-from weft.serve.gate import Limits, until_gone
+from weft.serve.gate import CLIENT_GONE, Gone, Limits, until_gone
 from weft.serve.prepare import Prepared
 from weft.serve.stream import EventStream, as_api_error
 from weft.serve.worker import Ticket, Worker
@@ -133,6 +134,8 @@ class Endpoints:
         limit = self.limits.request_s
         try:
             return await until_gone(http.receive, asyncio.wait_for(work, limit))
+        except Gone:
+            return Response(status_code=CLIENT_GONE)
         except (TimeoutError, UserError) as error:
             raise as_api_error(error, limit) from None
 

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from weft.serve.errors import ApiError, draining
 from weft.serve.metrics import Metrics
 
+CLIENT_GONE = 499  # as nginx counts an answer that nobody waits for any more
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -79,7 +80,7 @@ class Gate:
             self.active -= 1
             route = scope.get("route")
             path = getattr(route, "path", "other")
-            self.metrics.requests.labels(path, str(status or 499)).inc()
+            self.metrics.requests.labels(path, str(status or CLIENT_GONE)).inc()
             self.metrics.latency.labels(path).observe(time.monotonic() - begun)
 
     def _check(self, scope: Scope) -> None:

@@ -109,8 +109,7 @@ async def _serve(app: App, listener: socket.socket, options: Options, ready: Cal
     def stop() -> None:
         (hurry if told.is_set() else told).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    before = {number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in (signal.SIGTERM, signal.SIGINT)}
     running = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         while not server.started and not running.done():
@@ -122,8 +121,8 @@ async def _serve(app: App, listener: socket.socket, options: Options, ready: Cal
         server.should_exit = True
         await running
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return {"drained": finished}
 
 

@@ -8,6 +8,7 @@ import torch
 from engine_cases import llama
 
 from weft.engine import Engine, Grammar, Request, SamplingParams
+from weft.engine.draft import NgramDrafter
 from weft.engine.grammar import GrammarCompiler, constrain
 from weft.errors import UserError
 from weft.tokenizer import Settings, Tokenizer
@@ -73,6 +74,21 @@ def test_rows_beside_it_are_not_touched(engine):
     held = Request("Line 9: ", SamplingParams(temperature=1.0, seed=2, grammar=Grammar.json_schema(SCHEMA)))
     alone = [engine.generate([request])[0].ids for request in (*free, held)]
     assert [result.ids for result in engine.generate([free[0], held, free[1]])] == [alone[0], alone[2], alone[1]]
+
+
+def test_drafts_and_lost_state_change_nothing(tokenizer):
+    held = [SamplingParams(temperature=t, seed=n, max_tokens=60, grammar=Grammar.json_schema(SCHEMA)) for n, t in enumerate((0, 1, 0, 2))]
+    free = SamplingParams(max_tokens=40, logit_bias={5: 3.0})
+    requests = [Request(f"Line {n}: the quick", params) for n, params in enumerate([*held, free, free])]
+    model = llama(tokenizer.vocab_size, context=256)
+    right = [Engine(model, tokenizer, cache=False).generate([request])[0].ids for request in requests]
+    drafting = Engine(model, tokenizer, rows=6, draft=NgramDrafter())
+    assert [result.ids for result in drafting.generate(requests)] == right
+    crowded = Engine(model, tokenizer, rows=6, page=4)
+    crowded._lanes.max_pages = 36
+    crowded._lanes.arena.allow_pages(36, 36)
+    assert [result.ids for result in crowded.generate(requests)] == right
+    assert crowded.stats.preemptions > 0
 
 
 def test_an_end_token_comes_only_where_the_text_is_complete(engine, tokenizer):
