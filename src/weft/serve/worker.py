@@ -157,7 +157,7 @@ class Worker:
             self._take_commands()
             if self._jobs:
                 self._advance_job()
-            if self.engine.busy and not self._stopped:
+            if self._working and not self._stopped:
                 try:
                     events = self.engine.step()
                 except Exception as error:  # whatever a model does must not end the server: its requests fail, others go on
@@ -165,19 +165,26 @@ class Worker:
                 else:
                     self._dispatch(events)
 
+    @property
+    def _working(self) -> bool:
+        return self.engine.busy and self.failure is None
+
     def _look(self) -> None:
         now = time.monotonic()
         if now - self._looked > STATS_S or not self.engine.busy:
             self.stats, self._looked = self.engine.stats, now
 
     def _take_commands(self) -> None:
-        wait = not (self.engine.busy or self._jobs)
+        wait = not (self._working or self._jobs)
         while True:
             try:
                 command = self._commands.get(block=wait)
             except queue.Empty:
                 return
-            command()
+            try:
+                command()
+            except Exception as error:  # only what ends requests can raise here, and then the engine's state is not to be trusted
+                self._fail_all(error)
             wait = False
 
     def _advance_job(self) -> None:
@@ -233,6 +240,7 @@ class Worker:
 
     def _fail_all(self, error: Exception) -> None:
         answer = ApiError(500, f"the model failed while generating ({type(error).__name__}); the request was dropped.", "engine_error")
+        traceback.print_exception(error)
         failed = list(self._tickets.values())
         self._tickets.clear()
         self.metrics.failed.inc(len(failed))
@@ -242,7 +250,6 @@ class Worker:
         except Exception as second:
             self.failure = f"{type(second).__name__}"
         self._send([(ticket, answer) for ticket in failed])
-        traceback.print_exception(error)
 
 
 def _settle(done: "Future[Any]", outcome: Callable[[], Any] | Exception) -> None:

@@ -71,6 +71,24 @@ def test_a_failing_step_fails_those_who_run_and_nobody_later(worker, capfd):
     assert "RuntimeError: out of memory" in capfd.readouterr().err  # the log has what the client need not know
 
 
+def test_an_engine_that_cannot_even_drop_requests_is_given_up(worker, capfd):
+    def broken(*_):
+        raise RuntimeError("state is lost")
+
+    async def work():
+        ticket = await worker.submit(LONG)
+        worker.engine.step = worker.engine.cancel = broken
+        with pytest.raises(ApiError) as caught:
+            [event async for event in ticket.stream()]
+        assert caught.value.status == 500
+        with pytest.raises(ApiError) as caught, worker.place(1):
+            pass
+        assert (caught.value.status, worker.failure) == (503, "RuntimeError")
+
+    within(worker, work)
+    assert "state is lost" in capfd.readouterr().err
+
+
 def test_what_the_engine_refuses_the_caller_hears(worker):
     async def work():
         with pytest.raises(UserError, match="has no tokens"):
