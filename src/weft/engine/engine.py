@@ -256,8 +256,7 @@ class Engine:
 
     def _drafts(self, lanes: Sequence[Lane], speculation: Speculation) -> list[Draft]:
         """Drafts for these lanes, cut to what they may still generate, and dropped where there is no room for them."""
-        limits = [lane.owner.task.limit - len(getattr(lane.owner, "ids", ())) - 1 for lane in lanes]
-        drafts = speculation.propose(lanes, [min(limit, self._lanes.draft_room(lane)) for limit, lane in zip(limits, lanes, strict=True)])
+        drafts = speculation.propose(lanes, [self._draft_limit(lane) for lane in lanes])
         for lane, draft in zip(lanes, drafts, strict=True):
             if draft.ids:
                 try:
@@ -266,6 +265,12 @@ class Engine:
                     speculation.drafter.observe(lane.owner, 0)
                     draft.ids.clear()
         return drafts
+
+    def _draft_limit(self, lane: Lane) -> int:
+        """Most tokens that can be drafted for a lane; none where it is at its prompt's end and others are to go on from there."""
+        if not isinstance(lane.owner, Continuation) or lane.owner in self._siblings:
+            return 0
+        return min(lane.owner.task.limit - len(lane.owner.ids) - 1, self._lanes.draft_room(lane))
 
     def _verify(self, lanes: Sequence[Lane], drafts: Sequence[Draft], drafter: Drafter) -> list[Event]:
         """One pass over the next token of each lane and its draft, and what follows from it."""

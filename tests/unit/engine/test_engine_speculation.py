@@ -150,6 +150,16 @@ def test_drafts_with_preemption_and_little_room():
     assert leaks_of_drafter(small) == NOTHING
 
 
+def test_samples_of_a_prompt_of_one_token_all_come():
+    """Their prompt is over in the pass that decodes, where a draft would run ahead of those who are to begin there."""
+    params = SamplingParams(max_tokens=6, n=3, logprobs=True)
+    right = Engine(llama()).generate([Request([7], params)])
+    engine = with_drafts(llama(), Guesser({((7,), 0): right[0].ids}, 0.0))
+    assert drift(engine.generate([Request([7], params)]), right) < TOLERANCE
+    assert engine.stats.waiting == 0
+    assert engine.stats.accepted_tokens > 0
+
+
 def test_drafts_end_where_the_text_ends():
     model = llama(context=32)
     whole = Engine(model).generate([Request([5, 6, 7], SamplingParams())])[0]
