@@ -50,7 +50,8 @@ class Engine:
     page       tokens a page of state; also the length of the blocks in which the prefix cache finds equal beginnings.
     cache      keep the state of text that was read, so that a prompt that begins with the same tokens is not computed again.
     draft      guesses tokens, of which the model then checks several in one pass, where that is faster. Greedy text stays as it is;
-               samples keep their distribution, but with the same seed need not be the same, as how far it pays to guess depends on time.
+               samples keep their distribution, but with the same seed need not be the same, as how far it pays to guess depends on time
+               (a Speculation may fix how far).
     Raises UserError for a model that cannot run token by token, and where memory is too small for one row.
     """
 
@@ -64,7 +65,7 @@ class Engine:
         memory: int | None = None,
         page: int = 64,
         cache: bool = True,
-        draft: Drafter | None = None,
+        draft: Drafter | Speculation | None = None,
     ) -> None:
         if rows < 1 or chunk < 1 or page < 1:
             raise UserError(f"rows is {rows}, chunk {chunk} and page {page}; each must be at least 1.")
@@ -77,9 +78,9 @@ class Engine:
         self._siblings: dict[Continuation, list[Continuation]] = {}
         self._early: list[Event] = []
         self._chooser = Chooser()
-        self._speculation = None if draft is None else Speculation(draft)
-        if draft is not None:
-            draft.check(model)
+        self._speculation = draft if draft is None or isinstance(draft, Speculation) else Speculation(draft)
+        if self._speculation is not None:
+            self._speculation.drafter.check(model)
         self._stats = EngineStats()
         self._count = 0
         self.grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.spec.vocab)

@@ -151,6 +151,13 @@ class DraftLength:
         return self._seconds[size, below] + max(slope, 0.0) * (count - below)
 
 
+class FixedLength(DraftLength):
+    """As many tokens as are allowed, whatever it costs."""
+
+    def choose(self, rows: int) -> int:
+        return self.most
+
+
 def _size(rows: int) -> int:
     """Numbers of rows that are taken to cost alike: the next power of two."""
     return 1 << (rows - 1).bit_length()

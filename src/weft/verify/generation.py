@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 
 from weft.engine import Engine, Request, Result, SamplingParams
+from weft.engine.continuation import Continuation
+from weft.engine.draft import Draft
+from weft.engine.speculation import FixedLength, Speculation
+from weft.nn import Model
 from weft.verify.check import Outcome
 from weft.verify.prompts import Prompt
 from weft.verify.subject import Subject
@@ -124,3 +128,41 @@ def kept_state_equals_fresh(subject: Subject) -> Outcome:
             asked += 1
             comparison.add(prompt, engine.generate([request])[0], subject.engine(1).generate([request])[0])
     return comparison.outcome(f"{asked} follow-ups")
+
+
+class Rehearsed:
+    """Drafts texts that are known, every third token of them wrong, so that drafts stand whole, in part and not at all."""
+
+    def __init__(self, texts: dict[tuple[int, ...], tuple[int, ...]]) -> None:
+        self.texts = texts
+
+    def check(self, model: Model) -> None:
+        pass
+
+    def propose(self, texts: Sequence[Continuation], most: Sequence[int]) -> list[Draft]:
+        drafts = []
+        for text, count in zip(texts, most, strict=True):
+            start, known = len(text.ids), self.texts[text.task.prompt]
+            length = min(count, 1 + start % 4)
+            drafts.append(Draft([known[0] if place % 3 == 2 else known[place] for place in range(start, min(start + length, len(known)))]))
+        return drafts
+
+    def observe(self, text: Continuation, accepted: int) -> None:
+        pass
+
+    def release(self, text: Continuation) -> None:
+        pass
+
+
+def speculation_equals_plain(subject: Subject) -> Outcome:
+    """Greedy continuations written with drafts, several tokens a pass, against those written token by token."""
+    comparison = Comparison(subject, "with drafts", "without")
+    accepted = drafted = 0
+    for prompt in subject.prompts:
+        request = Request(prompt.ids, _greedy(subject))
+        plain = subject.engine(1).generate([request])[0]
+        drafter = Speculation(Rehearsed({tuple(prompt.ids): plain.ids}), FixedLength(4))
+        engine = Engine(subject.model, subject.tokenizer, rows=1, draft=drafter)
+        comparison.add(prompt, engine.generate([request])[0], plain)
+        accepted, drafted = accepted + engine.stats.accepted_tokens, drafted + engine.stats.drafted_tokens
+    return comparison.outcome(f"{accepted} of {drafted} drafted tokens stood")

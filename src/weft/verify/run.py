@@ -11,7 +11,7 @@ from weft.errors import UserError
 from weft.spec import ModelSpec
 from weft.verify.check import Check, Outcome, Report
 from weft.verify.files import one_bos, save_then_load
-from weft.verify.generation import batch_equals_single, kept_state_equals_fresh, stream_equals_whole
+from weft.verify.generation import batch_equals_single, kept_state_equals_fresh, speculation_equals_plain, stream_equals_whole
 from weft.verify.oracle import equals_transformers
 from weft.verify.passes import chunked_equals_whole, incremental_equals_parallel
 from weft.verify.prompts import built_in, read_prompts
@@ -25,6 +25,7 @@ CHECKS: tuple[tuple[str, Callable[[Subject], Outcome]], ...] = (
     ("chunked == whole", chunked_equals_whole),
     ("batch == single", batch_equals_single),
     ("prefix cache == fresh", kept_state_equals_fresh),
+    ("speculation == plain", speculation_equals_plain),
     ("stream == non-stream", stream_equals_whole),
     ("save == load", save_then_load),
     ("one BOS", one_bos),

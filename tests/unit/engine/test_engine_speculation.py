@@ -11,19 +11,12 @@ from test_engine_scheduling import NOTHING, leaks
 from weft.engine import Engine, Request, SamplingParams
 from weft.engine.draft import Draft, ModelDrafter, NgramDrafter
 from weft.engine.random import uniform
-from weft.engine.speculation import DraftLength, Speculation, accept
+from weft.engine.speculation import DraftLength, FixedLength, Speculation, accept
 from weft.errors import UserError
 from weft.nn import Arena, build
 
 PAGE = 4
 TOLERANCE = 1e-10
-
-
-class Always(DraftLength):
-    """As many as are allowed, whatever it costs; and with odd lengths, so that rows differ."""
-
-    def choose(self, rows):
-        return self.most
 
 
 class Guesser:
@@ -51,8 +44,7 @@ class Guesser:
 
 
 def with_drafts(model, drafter, rows=3, most=5, pages=None, **options):
-    engine = Engine(model, rows=rows, chunk=CHUNK, page=PAGE, draft=drafter, **options)
-    engine._speculation = Speculation(drafter, Always(most))
+    engine = Engine(model, rows=rows, chunk=CHUNK, page=PAGE, draft=Speculation(drafter, FixedLength(most)), **options)
     if pages:
         engine._lanes.max_pages = pages
         engine._lanes.arena.allow_pages(pages, pages)
@@ -285,7 +277,7 @@ def test_drafting_pays_where_tokens_stand_and_stops_where_they_do_not():
     slow, drafted = simulate(DraftLength(), 0.05, 0.5)
     assert slow > 0.9, "little is lost"
     assert 0 < drafted < 120, "but it is tried again now and then"
-    assert simulate(Always(8), 0.05, 0.5)[0] < 0.3, "control: always drafting would cost three times as much"
+    assert simulate(FixedLength(8), 0.05, 0.5)[0] < 0.3, "control: always drafting would cost three times as much"
 
 
 def test_drafting_begins_again_where_it_comes_to_pay():

@@ -1,6 +1,7 @@
 """Negative controls: something is broken on purpose, and exactly the check that is meant to see it fails."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,20 @@ def test_decoding_that_is_not_training(dtype: str, hybrid: Path, monkeypatch: py
 def test_a_recurrent_state_that_is_forgotten(hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state that commits never change: all generation is wrong, by chunk bounds in several ways, and parts with what one pass gives."""
     monkeypatch.setattr(Mamba, "commit", lambda self, views, pending, accepted: dict(views))
-    assert failing(hybrid) == ["incremental == parallel", "chunked == whole", "prefix cache == fresh"]
+    assert failing(hybrid) == ["incremental == parallel", "chunked == whole", "prefix cache == fresh", "speculation == plain"]
+
+
+def test_a_draft_of_which_too_much_stands(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.engine import engine
+
+    real = engine.judge
+
+    def judge(text: Any, draft: Any, logits: Tensor, chosen: Any) -> Any:
+        verdict = real(text, draft, logits, chosen)
+        return replace(verdict, accepted=min(verdict.accepted + 1, len(draft.ids)))
+
+    monkeypatch.setattr(engine, "judge", judge)
+    assert failing(llama) == ["speculation == plain"]
 
 
 def test_a_stream_that_loses_text(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
