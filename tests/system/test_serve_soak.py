@@ -11,7 +11,7 @@ import pytest
 from serve_cases import endless, make_model, serving
 
 STREAMS = 64
-PROMPTS = [f"Line {i}: the quick" for i in range(24)]
+PROMPTS = [f"Line {i}: the quick" for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ class Soak:
         await asyncio.gather(self.watch(), *(self.client(number) for number in range(STREAMS)))
 
 
-@pytest.mark.parametrize("seconds", [12, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("seconds", [8, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_soak(folder, seconds):
     with serving(folder, "--dtype", "float64", "--memory", "64") as server:
         soak = Soak(server, folder, seconds)
