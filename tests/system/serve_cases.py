@@ -86,8 +86,8 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: Any, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """A server, stopped at the end; it must then leave with exit code 0 and without a traceback."""
+def serving(*arguments: Any, environment: dict[str, str] | None = None, end: int = signal.SIGTERM) -> Iterator[Server]:
+    """A server, stopped by a signal at the end; it must then leave with exit code 0 and without a traceback."""
     server = Server(*arguments, environment=environment)
     try:
         yield server
@@ -95,6 +95,7 @@ def serving(*arguments: Any, environment: dict[str, str] | None = None) -> Itera
         server.process.kill()
         server.process.wait()
         raise
+    server.tell(end)
     code, _ = server.stop()
     assert code == 0, "".join(server.errors)
     assert "Traceback" not in "".join(server.errors), "".join(server.errors)
