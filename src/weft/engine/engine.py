@@ -94,8 +94,8 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts and sizes at this moment."""
-        unstarted = sum(map(len, self._siblings.values()))
+        """Counts and sizes at this moment. May be asked from another thread than the one that steps."""
+        unstarted = sum(map(len, list(self._siblings.values())))
         return replace(
             self._stats,
             waiting=len(self._waiting) + unstarted,

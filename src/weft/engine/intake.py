@@ -51,7 +51,7 @@ class Intake:
         if foreign is not None:
             raise UserError(f"logit_bias has the token id {foreign}, but the model's ids go from 0 to {vocab - 1}.")
         if params.beams > self.lanes.limit:
-            raise UserError(f"beams is {params.beams} and the engine has {self.lanes.limit} rows; lower beams or raise rows.")
+            raise UserError(f"beams is {params.beams} and the engine has {self.lanes.limit} rows; lower beams, or raise rows or memory.")
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         context, vocab = self.lanes.context, self.model.spec.vocab
