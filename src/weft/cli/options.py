@@ -82,6 +82,7 @@ class EngineOptions(RunOptions):
     draft: Annotated[
         str, typer.Option("--draft", help="Guess tokens and check several at once: ngram, a smaller model of the same tokenizer, none.")
     ] = "none"
+    fast: Annotated[bool, typer.Option("--fast", help="Read prompts faster and less exactly where weights are quantised.")] = False
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -137,4 +137,4 @@ def numeric_mode(model: Model, arena: Arena) -> str:
         for module in model.modules()
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
-    return ";".join([*sorted(modules), str(arena.dtype)])
+    return ";".join([*sorted(modules), str(arena.dtype), f"fast:{model.fast}"])

@@ -49,7 +49,8 @@ class Output:
 class Model(nn.Module):
     """A stack of blocks between an embedding and a head, as a ModelSpec describes it.
 
-    It owns no decode state: that is the arena's. A tied head is the embedding's own parameter.
+    It owns no decode state: that is the arena's. A tied head is the embedding's own parameter. `fast` lets a quantised model take coarser
+    products in long passes over state: what a token gets then depends on its chunk.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -65,6 +66,7 @@ class Model(nn.Module):
         self.norm = build_norm(spec.norm, spec.dim) if spec.final_norm else None
         self.head = Head(spec)
         self.gradient_checkpointing = False
+        self.fast = False
 
     def state_spec(self) -> list[dict[str, Any]]:
         """Decode state a layer and part; a part that cannot run incrementally says None."""
@@ -89,12 +91,7 @@ class Model(nn.Module):
         step = Step.parallel(tokens) if step is None else step
         if memory is not None:
             step.memory = memory
-        x = self.embed(tokens)
-        if self.spec.scale_embeddings:  # rounded to the working dtype first, as the published weights expect
-            x = x * torch.tensor(math.sqrt(self.spec.dim), dtype=x.dtype, device=x.device)
-        if self.position is not None:
-            x = self.position(x, step.positions)
-        x = self.dropout(x)
+        x = self.enter(tokens, step)
         pending: Pending = []
         aux: dict[str, Tensor] = {}
         recompute = self.gradient_checkpointing and self.training and views is None
@@ -107,6 +104,15 @@ class Model(nn.Module):
             for name, side in sides.items():
                 aux.update({f"{i}.{name}.{key}": value for key, value in side.aux.items()})
         return Output(self, x if self.norm is None else self.norm(x), pending, aux)
+
+    def enter(self, tokens: Tensor, step: Step) -> Tensor:
+        """What the first layer reads, [B, T, D]: token vectors with their positions."""
+        x = self.embed(tokens)
+        if self.spec.scale_embeddings:  # rounded to the working dtype first, as the published weights expect
+            x = x * torch.tensor(math.sqrt(self.spec.dim), dtype=x.dtype, device=x.device)
+        if self.position is not None:
+            x = self.position(x, step.positions)
+        return self.dropout(x) if self.training else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of hidden states [..., D] that went through the final norm."""

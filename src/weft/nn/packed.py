@@ -81,7 +81,12 @@ class PackedWeight(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes that one product reads."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.minimum) if t is not None)
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.stored().values())
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a file keeps of it, by name."""
+        named = {"codes": self.codes, "scale": self.scale, "minimum": self.minimum}
+        return {name: buffer for name, buffer in named.items() if buffer is not None}
 
     def fill(self, codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> "PackedWeight":
         """Take codes uint8 [rows, columns], scales and minima [rows, columns / 32]; returns itself."""

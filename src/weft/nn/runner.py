@@ -6,7 +6,6 @@ from weft import kernels
 from weft.nn.arena import Arena, Rows
 from weft.nn.model import Model, Output, Pending
 
-
 COARSE_FROM = 32  # tokens of a pass
 
 
@@ -14,10 +13,9 @@ class Runner(nn.Module):
     """Feed new tokens, commit them all, return logits after the last one. State lives in the arena's buffers, so that CUDA
     graphs may update it in place."""
 
-    def __init__(self, model: Model, arena: Arena, fast: bool = False) -> None:
-        """`fast` lets long passes take coarser products where weights are quantised: what a token gets then depends on its chunk."""
+    def __init__(self, model: Model, arena: Arena) -> None:
         super().__init__()
-        self.model, self.arena, self.fast = model, arena, fast
+        self.model, self.arena = model, arena
 
     def forward(self, tokens: Tensor, n_new: Tensor, rows: Rows = None, columns: int | None = None) -> Tensor:
         """tokens [B, T] int64, right padded; n_new [B] valid ones a row, 0 for an idle row. Returns logits [B, vocab].
@@ -26,7 +24,7 @@ class Runner(nn.Module):
         columns  of the page table, as `Arena.step` takes it.
         An idle row's logits mean nothing.
         """
-        coarse = self.fast and tokens.shape[1] >= COARSE_FROM
+        coarse = self.model.fast and tokens.shape[1] >= COARSE_FROM
         with kernels.settled(self.model.dtype, self.model.device, coarse):
             step = self.arena.step(n_new, tokens.shape[1], rows, keep="last", columns=columns)
             output: Output = self.model(tokens, step, self.arena.views(rows))
@@ -38,7 +36,7 @@ class Runner(nn.Module):
     def verify(self, tokens: Tensor, n_new: Tensor, index: Tensor, rows: Rows = None, columns: int | None = None) -> tuple[Tensor, Pending]:
         """Feed drafts: logits [N, vocab] at the places `index` [N] int64, counted through [B, T] row by row, and the state that
         `Arena.commit` makes current for as many tokens of each row as are accepted. Arguments as in `forward`."""
-        coarse = self.fast and tokens.shape[1] >= COARSE_FROM
+        coarse = self.model.fast and tokens.shape[1] >= COARSE_FROM
         with kernels.settled(self.model.dtype, self.model.device, coarse):
             step = self.arena.step(n_new, tokens.shape[1], rows, keep="all", columns=columns)
             output: Output = self.model(tokens, step, self.arena.views(rows))

@@ -23,7 +23,7 @@ from weft.train.objective import POLICY
 from weft.train.optim import Optimizer
 from weft.weights.files import TensorFiles, write_safetensors
 from weft.weights.load import open_checkpoint
-from weft.weights.map import load_tensors
+from weft.weights.map import load_tensors, stored_state
 from weft.weights.save import SavedTokenizer, write_folder
 from weft.zoo import Family
 
@@ -118,7 +118,7 @@ class SavedRun:
         """Fill models and optimisers, which must be built as those that were saved."""
         for role, model in models.items():
             checkpoint = open_checkpoint(self.folder if role == POLICY else self.folder / role)
-            load_tensors(model, checkpoint.rules(model), checkpoint.files, "", str(checkpoint.path))
+            load_tensors(stored_state(model), checkpoint.rules(model), checkpoint.files, "", str(checkpoint.path))
         files = TensorFiles(self.folder / OPTIMIZER)
         for role, optimizer in optimizers.items():
             prefix = f"{role}."

@@ -17,7 +17,7 @@ from weft.weights.files import TensorFiles
 from weft.weights.gguf import GGUF, read_gguf
 from weft.weights.gguf_packed import fill_packed, stored_quant
 from weft.weights.hub import find_model
-from weft.weights.map import TensorSource, identity_rules, load_tensors
+from weft.weights.map import TensorSource, identity_rules, load_tensors, stored_state
 from weft.zoo import FAMILIES, Family, from_config, llama_gguf
 from weft.zoo.family import explained
 from weft.zoo.rules import Rule
@@ -136,7 +136,7 @@ def load_weights(
         return _load_packed(checkpoint, checkpoint.files, checkpoint.quant, device, dtype or torch.float32)
     model = materialise(build(checkpoint.spec, "meta", dtype or stored_dtype(checkpoint)), device)
     prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
-    load_tensors(model, checkpoint.rules(model), checkpoint.files, prefix, str(checkpoint.path))
+    load_tensors(stored_state(model), checkpoint.rules(model), checkpoint.files, prefix, str(checkpoint.path))
     return model.eval()
 
 
@@ -144,13 +144,15 @@ def _load_packed(checkpoint: Checkpoint, files: "GGUFTensors", quant: Quant, dev
     spec = ModelSpec.model_validate({**checkpoint.spec.model_dump(), "quant": quant})
     model = materialise(build(spec, "meta", dtype), device)
     used, left = fill_packed(model, checkpoint.rules(model), files.file)
-    load_tensors(model, left, _Rest(files.file, used), "", str(checkpoint.path))
+    load_tensors(dict(model.named_parameters()), left, _Rest(files.file, used), "", str(checkpoint.path))
     return model.eval()
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of most of a checkpoint's largest tensors; float32 for GGUF, whose tensors are dequantised."""
     files = checkpoint.files
+    if checkpoint.spec.quant is not None:
+        return torch.float32
     if not isinstance(files, TensorFiles):
         return torch.float32
     largest = max(files.names, key=lambda name: torch.Size(files.shape(name)).numel())

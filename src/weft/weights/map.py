@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import UserError, nearest
+from weft.nn.packed import PackedWeight
 from weft.zoo.rules import Alias, Cat, Copy, Drop, Interleave, One, Reshape, Rule, Source, Stack, Transpose
 
 
@@ -29,12 +30,21 @@ class TensorSource(Protocol):
 
 def identity_rules(model: nn.Module) -> list[Rule]:
     """The map of a file under our own names."""
-    return [One(name, Copy(name)) for name, _ in model.named_parameters()]
+    return [One(name, Copy(name)) for name in stored_state(model)]
+
+
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a file of the model holds, by our names: its parameters, and the codes and scales of quantised ones."""
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            state |= {f"{name}.{key}": buffer for key, buffer in module.stored().items()}
+    return state
 
 
 @torch.no_grad()
-def load_tensors(model: nn.Module, rules: Iterable[Rule], files: TensorSource, prefix: str, what: str) -> None:
-    """Fill every parameter of `model`, of any dtype and device, from `files`.
+def load_tensors(ours: Mapping[str, Tensor], rules: Iterable[Rule], files: TensorSource, prefix: str, what: str) -> None:
+    """Fill every one of our tensors, of any dtype and device, from `files`.
 
     prefix  what a file of the base model alone leaves out of every name; such a file is read as well.
     what    the file's name in messages.
@@ -44,7 +54,7 @@ def load_tensors(model: nn.Module, rules: Iterable[Rule], files: TensorSource, p
     """
     rules = list(rules)
     names = _Names(files, rules, prefix, what)
-    plan = _plan(model, rules, names, what)
+    plan = _plan(dict(ours), rules, names, what)
     aliases = {rule.of: names.real(rule.name) for rule in rules if isinstance(rule, Alias)}
     for name, source, place in plan:
         _read(files, name, source, place)
@@ -80,9 +90,8 @@ class _Names:
         return next((name for name in map(self.real, (source.name, *source.older)) if name in self.stored), None)
 
 
-def _plan(model: nn.Module, rules: list[Rule], names: _Names, what: str) -> list[tuple[str, Source, Tensor]]:
+def _plan(ours: dict[str, Tensor], rules: list[Rule], names: _Names, what: str) -> list[tuple[str, Source, Tensor]]:
     """What is read and where it goes; every problem of names and shapes is found here, before anything is read."""
-    ours = dict(model.named_parameters())
     plan: list[tuple[str, Source, Tensor]] = []
     missing: list[str] = []
     for rule in rules:

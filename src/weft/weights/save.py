@@ -11,7 +11,7 @@ from weft.errors import UserError
 from weft.files import atomic_folder, atomic_write
 from weft.nn import Model
 from weft.weights.files import write_safetensors
-from weft.weights.map import identity_rules, stored_tensors
+from weft.weights.map import identity_rules, stored_state, stored_tensors
 from weft.zoo import Family, describe
 
 # What a model folder may hold: a folder with anything else in it is somebody's, and is not replaced.
@@ -79,10 +79,10 @@ def write_folder(
 ) -> None:
     """The same into an existing empty folder, file by file."""
     family, described = describe(model.spec, family)
-    tensors = dict(model.named_parameters())
+    tensors = stored_state(model)
     rules = family.rules(model.spec) or identity_rules(model)
     write_safetensors(folder, stored_tensors(tensors, rules), max_shard_bytes, dtype=dtype)
-    stored = dtype or next(iter(tensors.values())).dtype
+    stored = dtype or model.dtype
     ids = special_ids(tokenizer)
     config = {
         "architectures": [family.architecture],
