@@ -35,7 +35,7 @@ def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
         return logits
     best = logits.topk(most).values
     least = best.gather(1, (k.clamp(1, most) - 1)[:, None])
-    return logits.masked_fill((logits < least) & (k > 0)[:, None], -torch.inf)
+    return _without(logits, logits < torch.where((k > 0)[:, None], least, -torch.inf))
 
 
 def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def keep_top_p(logits: Tensor, p: Tensor) -> Tensor:
     before = F.pad(ranked.cumsum(-1)[:, :-1], (1, 0))
     last = (before < p[:, None]).sum(-1, keepdim=True) - 1
     least = ranked.gather(1, last.clamp(min=0))
-    return logits.masked_fill((probs < least) & (p < 1)[:, None], -torch.inf)
+    return _without(logits, probs < torch.where((p < 1)[:, None], least, 0.0))
 
 
 def _most_likely(probs: Tensor, p: Tensor) -> Tensor:
@@ -67,7 +67,12 @@ def keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
     if bool((p <= 0).all()):
         return logits
     probs = logits.softmax(-1)
-    return logits.masked_fill(probs < p[:, None] * probs.amax(-1, keepdim=True), -torch.inf)
+    return _without(logits, probs < p[:, None] * probs.amax(-1, keepdim=True))
+
+
+def _without(logits: Tensor, gone: Tensor) -> Tensor:
+    """Logits with -inf where `gone`."""
+    return torch.where(gone, -torch.inf, logits)
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
