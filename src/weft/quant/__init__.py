@@ -7,6 +7,6 @@ drift      what it cost: KL divergence and bits per byte
 """
 
 from weft.quant.drift import Drift, Reference
-from weft.quant.model import METHODS, Method, quantize
+from weft.quant.model import METHODS, Method, dequantize, quantize
 
-__all__ = ["METHODS", "Drift", "Method", "Reference", "quantize"]
+__all__ = ["METHODS", "Drift", "Method", "Reference", "dequantize", "quantize"]

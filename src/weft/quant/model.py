@@ -57,6 +57,18 @@ def quantize(
     return made.eval()
 
 
+@torch.no_grad()
+def dequantize(model: Model) -> Model:
+    """The same model with every packed weight written out in float32: what the packed one computes with, and no more."""
+    plain = build(ModelSpec.model_validate({**model.spec.model_dump(), "quant": None}), "meta", torch.float32)
+    made = materialise(plain, model.device)
+    own = dict(model.named_modules())
+    for name, parameter in made.named_parameters():
+        packed = own.get(name)
+        parameter.copy_(packed.dequantise() if isinstance(packed, PackedWeight) else model.get_parameter(name))
+    return made.eval()
+
+
 class _Calibration:
     """What the layers see on the calibration texts."""
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from weft.device import pick_device, pick_dtype
+from weft.engine.open import open_weights
 from weft.errors import UserError
 from weft.spec import ModelSpec
 from weft.verify.check import Check, Outcome, Report
+from weft.verify.drift import quantised_drift
 from weft.verify.files import one_bos, save_then_load
 from weft.verify.generation import batch_equals_single, kept_state_equals_fresh, speculation_equals_plain, stream_equals_whole
 from weft.verify.oracle import equals_transformers
@@ -17,7 +18,7 @@ from weft.verify.passes import chunked_equals_whole, incremental_equals_parallel
 from weft.verify.prompts import built_in, read_prompts
 from weft.verify.subject import Subject
 from weft.weights.fidelity import tokenizer_of
-from weft.weights.load import load_weights, open_checkpoint
+from weft.weights.load import open_checkpoint
 
 CHECKS: tuple[tuple[str, Callable[[Subject], Outcome]], ...] = (
     ("parity with transformers", equals_transformers),
@@ -28,6 +29,7 @@ CHECKS: tuple[tuple[str, Callable[[Subject], Outcome]], ...] = (
     ("speculation == plain", speculation_equals_plain),
     ("stream == non-stream", stream_equals_whole),
     ("save == load", save_then_load),
+    ("quantised drift", quantised_drift),
     ("one BOS", one_bos),
 )
 
@@ -52,6 +54,8 @@ def verify(
     subject = open_subject(source, device, dtype, prompts, quick)
     checks = []
     for name, check in CHECKS:
+        if check is quantised_drift and not subject.quantised:
+            continue
         start = time.perf_counter()
         outcome = _run(check, subject)
         checks.append(Check(name, outcome, time.perf_counter() - start))
@@ -65,13 +69,11 @@ def open_subject(source: str | Path, device: str, dtype: str, prompts: Path | No
     spec, tokenizer = checkpoint.spec, tokenizer_of(checkpoint.path)
     _check_shape(str(source), spec)
     new_tokens = min(12 if quick else 32, spec.context // 4)
-    where = pick_device(device)
-    number_format = pick_dtype(dtype, where)
     if prompts is not None:
         chosen = read_prompts(prompts, tokenizer, spec, new_tokens)
     else:
         chosen = built_in(tokenizer, spec, new_tokens, 96 if quick else 400)
-    model = load_weights(checkpoint, where, number_format)
+    model = open_weights(checkpoint, device, dtype)
     return Subject(checkpoint, model, tokenizer, tuple(chosen), new_tokens, (7, 32) if quick else (5, 32, 256))
 
 

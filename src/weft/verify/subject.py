@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
+from weft import kernels
 from weft.engine import Engine
 from weft.nn import Model
+from weft.nn.linear import Linear
+from weft.quant import dequantize
 from weft.tokenizer import Tokenizer
 from weft.verify.prompts import Prompt
 from weft.weights.load import Checkpoint, load_weights
@@ -15,6 +18,8 @@ from weft.weights.load import Checkpoint, load_weights
 # How far two ways to compute the same logits may be apart, relative to the largest logit: what is left of rounding after some dozen
 # layers. A wrong mask, position or state is apart by a tenth and more.
 LOGIT_LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Packed weights are multiplied with activations of 16 bits: where sums before them differ by a rounding, these differ by one part in 64,000.
+PACKED_LIMIT = 1e-3
 GAP = 1e-4
 
 
@@ -50,17 +55,31 @@ class Subject:
         In float32 a matrix library sums in another order for another number of rows; on an accelerator it does so in every dtype.
         """
         if self.dtype == torch.float32:
-            return GAP
+            return 0.0 if self.exact_products else GAP
         if self.device.type == "cpu" or self.dtype == torch.float64:
             return 0.0
         return 16 * torch.finfo(self.dtype).eps
 
+    @property
+    def quantised(self) -> bool:
+        return self.model.spec.quant is not None
+
+    @property
+    def exact_products(self) -> bool:
+        """Whether every matrix is packed and multiplied by a kernel that adds up integers: rows then have nothing to do with each other."""
+        plain = any(isinstance(module, Linear) and isinstance(module.weight, torch.Tensor) for module in self.model.modules())
+        quant = self.model.spec.quant
+        return quant is not None and quant.type != "nf4" and not plain and self.device.type == "cpu" and kernels.available()
+
     def in_float32(self) -> Model | None:
-        """The model in float32, in which a mistake is not hidden by rounding: itself, or a copy; None where memory is too short."""
-        if self.dtype == torch.float32:
+        """The model in float32 with float32 weights, in which a mistake is not hidden by rounding: itself, or a copy; None where memory
+        is too short."""
+        if self.dtype == torch.float32 and not self.quantised:
             return self.model
         needed, free = self.float32_bytes, free_memory()
-        return None if free is not None and needed > free else load_weights(self.checkpoint, self.device, torch.float32)
+        if free is not None and needed > free:
+            return None
+        return dequantize(self.model) if self.quantised else load_weights(self.checkpoint, self.device, torch.float32)
 
     @property
     def float32_bytes(self) -> float:
@@ -84,8 +103,8 @@ class Subject:
 
 
 def limit_of(model: Model) -> float:
-    """The largest difference of logits, relative to the largest logit, that rounding in the model's dtype explains."""
-    return LOGIT_LIMITS[model.embed.weight.dtype]
+    """The largest difference of logits, relative to the largest logit, that rounding in the dtypes of model and state explains."""
+    return max(LOGIT_LIMITS[model.dtype], LOGIT_LIMITS[model.state_dtype], PACKED_LIMIT if model.spec.quant is not None else 0.0)
 
 
 def free_memory() -> float | None:

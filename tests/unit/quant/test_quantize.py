@@ -10,7 +10,7 @@ import torch
 
 from weft.nn import build
 from weft.nn.packed import PackedWeight
-from weft.quant import Reference, quantize
+from weft.quant import Reference, dequantize, quantize
 from weft.quant.gptq import round_with_compensation
 from weft.quant.rounding import round_to_nearest
 from weft.spec import Quant, model_spec
@@ -97,3 +97,11 @@ def test_a_spec_says_how_many_bits_it_stores():
     assert Quant(type="int8").bits() == 8.5
     assert Quant(type="int4", minimum=True).bits() == 5
     assert json.loads(model_spec({**SPEC, "quant": {"type": "nf4"}}).to_json())["quant"]["type"] == "nf4"
+
+
+def test_dequantised_is_what_the_packed_model_computes():
+    made = quantize(build(model_spec(SPEC), seed=4).eval(), Quant(type="int4"))
+    tokens = torch.arange(30)[None]
+    with torch.no_grad():
+        got, want = made(tokens).logits, dequantize(made)(tokens).logits
+        assert (got - want).abs().max() < 3e-4 * want.abs().max()
