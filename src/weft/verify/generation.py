@@ -11,6 +11,8 @@ from weft.verify.check import Outcome
 from weft.verify.prompts import Prompt
 from weft.verify.subject import Subject
 
+_BLOCK = 8  # tokens a page: short, so that short prompts have some
+
 
 class Comparison:
     """Collects continuations that ought to be the same, and where they first are not."""
@@ -112,22 +114,33 @@ def _stream_mistake(ids: list[int], text: str, result: Result, whole: Result) ->
 
 
 def kept_state_equals_fresh(subject: Subject) -> Outcome:
-    """Prompts that begin as an earlier one did, answered from the state kept of it, against a fresh engine."""
+    """Prompts that begin as an earlier one did, answered from the state kept of it, against a fresh engine.
+
+    They part from it after a third, near the end, and at each place of a block in turn, with what follows left as it was: a cache that
+    takes one text for another is found out.
+    """
     params = _greedy(subject)
-    engine = Engine(subject.model, subject.tokenizer, rows=2, page=8)
+    engine = Engine(subject.model, subject.tokenizer, rows=2, page=_BLOCK)
     comparison = Comparison(subject, "from kept state", "fresh")
-    asked = 0
-    for prompt in subject.longest(3):
-        first = engine.generate([Request(prompt.ids[: max(1, 2 * len(prompt.ids) // 3)], params)])[0]
-        half = prompt.ids[: max(1, len(prompt.ids) // 3)]
-        follow_ups = [prompt.ids, (*half, *first.ids[:3]), (*prompt.ids[: len(prompt.ids) - 2], *first.ids[:2])]
+    for number, prompt in enumerate(subject.longest(3)):
+        first = engine.generate([Request(prompt.ids, params)])[0]
+        follow_ups = [prompt.ids, (*prompt.ids[: len(prompt.ids) // 3], *first.ids[:3]), (*prompt.ids[:-2], *first.ids[:2])]
+        if number == 0:
+            follow_ups += _with_another_token(prompt.ids, subject.model.spec.vocab)
         for ids in follow_ups:
             request = Request(ids[: subject.model.spec.context - subject.new_tokens], params)
-            if not ids:
-                continue
-            asked += 1
             comparison.add(prompt, engine.generate([request])[0], subject.engine(1).generate([request])[0])
-    return comparison.outcome(f"{asked} follow-ups")
+    kept = engine.stats.cached_prompt_tokens
+    if not kept:
+        return Outcome.skipped("no prompt is long enough for its state to be kept; give longer ones")
+    return comparison.outcome(f"{comparison.texts} follow-ups, {kept} tokens of which had been kept")
+
+
+def _with_another_token(ids: tuple[int, ...], vocab: int) -> list[tuple[int, ...]]:
+    """A text as often as a block has places, each time with another token at the next of them; the first of these again at the end."""
+    places = range(len(ids) // 2, min(len(ids) // 2 + _BLOCK, len(ids)))
+    texts = [(*ids[:place], (ids[place] + 1) % vocab, *ids[place + 1 :]) for place in places]
+    return [*texts, *texts[:1]]
 
 
 class Rehearsed:

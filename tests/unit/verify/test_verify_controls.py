@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from verify_cases import checks, failing, folder
 
 from weft.engine import Engine
+from weft.engine.prefix import PrefixCache
 from weft.engine.stop import TextStream
 from weft.nn import Model
 from weft.nn.mamba import Mamba
@@ -92,6 +94,20 @@ def test_a_recurrent_state_that_is_forgotten(hybrid: Path, monkeypatch: pytest.M
     """A state that commits never change: all generation is wrong, by chunk bounds in several ways, and parts with what one pass gives."""
     monkeypatch.setattr(Mamba, "commit", lambda self, views, pending, accepted: dict(views))
     assert failing(hybrid) == ["incremental == parallel", "chunked == whole", "prefix cache == fresh", "speculation == plain"]
+
+
+@pytest.mark.parametrize("ignored", ["the last token of a block", "the blocks before"])
+def test_a_cache_that_takes_one_text_for_another(ignored: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def extend(self: PrefixCache, chain: list[bytes], ids: Any) -> None:
+        for end in range((len(chain) + 1) * self.page, len(ids) + 1, self.page):
+            block = list(ids[end - self.page : end])
+            known = [chain[-1:], block[:-1]] if ignored == "the last token of a block" else [end, block]
+            chain.append(blake2b(repr(known).encode(), digest_size=16).digest())
+
+    monkeypatch.setattr(PrefixCache, "extend", extend)
+    found = checks(llama)
+    assert [name for name, check in found.items() if check.outcome.status == "fail"] == ["prefix cache == fresh"]
+    assert "from kept state" in found["prefix cache == fresh"].outcome.detail
 
 
 def test_a_draft_of_which_too_much_stands(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
