@@ -33,7 +33,9 @@ def chat(
     defaults = {"max_tokens": max_tokens}
     recommended = {"temperature": TEMPERATURE} | generation_defaults(model)
     settings = sampling.params(**(defaults | recommended))
-    conversation = Conversation(open_engine(model, run.device, run.dtype, rows=1, chat=True, draft=run.draft, fast=run.fast), system)
+    conversation = Conversation(
+        open_engine(model, run.device, run.dtype, rows=1, chat=True, draft=run.draft, fast=run.fast, int8_state=run.int8_state), system
+    )
     session = Session(model, conversation, settings)
     talk = _Talk(session, sys.stderr if json else sys.stdout)
     if sys.stdin.isatty():

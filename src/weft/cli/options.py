@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from weft.errors import UserError
+from weft.errors import UserError, unknown
 from weft.files import read_text
 
 if TYPE_CHECKING:
@@ -83,6 +83,14 @@ class EngineOptions(RunOptions):
         str, typer.Option("--draft", help="Guess tokens and check several at once: ngram, a smaller model of the same tokenizer, none.")
     ] = "none"
     fast: Annotated[bool, typer.Option("--fast", help="Read prompts faster and less exactly where weights are quantised.")] = False
+    state: Annotated[str, typer.Option("--state", help="auto, or int8: keys and values in 8 bits, in half the memory.")] = "auto"
+
+    @property
+    def int8_state(self) -> bool:
+        """Raises UserError for a word that is no format of state."""
+        if self.state not in ("auto", "int8"):
+            raise unknown("format of state", self.state, ("auto", "int8"))
+        return self.state == "int8"
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -30,6 +30,7 @@ def open_engine(
     memory: int | None = None,
     draft: str = "none",
     fast: bool = False,
+    int8_state: bool = False,
 ) -> Engine:
     """An engine for a pulled model's name, a model folder or a GGUF file, with its own tokenizer.
 
@@ -37,6 +38,7 @@ def open_engine(
     memory         bytes for decode state, as Engine takes it; a draft model has a quarter of them.
     draft          none, ngram, or a smaller model of the same tokenizer, named as `source` is.
     fast           as `--fast`: a quantised model reads prompts with coarser products; what a token gets then depends on its chunk.
+    int8_state     keep keys and values in 8 bits.
     chat           refuse, before any weights are read, a model without a chat template.
     Raises UserError where the model cannot be had or used.
     """
@@ -48,7 +50,7 @@ def open_engine(
             "-p '…', or chat with another model."
         )
     model = open_weights(checkpoint, device, dtype)
-    model.fast = fast
+    model.fast, model.int8_state = fast, int8_state
     if draft in ("none", "ngram"):
         return Engine(model, tokenizer, rows=rows, memory=memory, draft=NgramDrafter() if draft == "ngram" else None)
     memory = default_memory(model.device) if memory is None else memory

@@ -1,6 +1,7 @@
 """The arena: every byte of decode state, for every row and layer. The model owns none."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from weft.errors import UserError
 from weft.nn.model import Model, Pending
 from weft.nn.pages import RESERVED, PageTable
+from weft.nn.state_codes import SCALE_BYTES
 from weft.nn.step import Keep, Step
 from weft.nn.views import Dense, Paged, Ring
 from weft.spec import Leaf
@@ -25,6 +27,7 @@ class Arena(nn.Module):
     Growing leaves are written in place beyond `lens` and become visible when `commit` moves `lens`; FIXED leaves change in
     `commit` alone. Buffers, so that compiled code may update them; not persistent, so that no checkpoint holds them.
 
+    dtype      of state; None takes the model's `state_dtype`. int8 keeps growing leaves in 8 bits and the others in the model's dtype.
     page       None lays APPEND leaves out densely; a number lays them out in one pool of pages of that many tokens, and then `reserve`
                must be called before tokens are fed. RING, FIXED and STATIC leaves are kept a row in either case.
     num_pages  in the pool; default: enough for every row.
@@ -53,7 +56,7 @@ class Arena(nn.Module):
         self.rows, self.max_len, self.max_chunk = rows, max_len, max_chunk
         self.dtype = dtype or model.state_dtype
         self._model = (model,)  # in a tuple, so that the model is not registered as a part of its own arena
-        self.leaves: dict[Key, Leaf] = dict(_leaves(model))
+        self.leaves: dict[Key, Leaf] = {key: self._coded(leaf) for key, leaf in _leaves(model)}
         self.page = page
         self.register_buffer("lens", torch.zeros(rows, dtype=torch.long, device=weight.device), persistent=False)
         if page is not None:
@@ -90,9 +93,19 @@ class Arena(nn.Module):
     def _is_paged(self, leaf: Leaf) -> bool:
         return leaf.kind == "append" and self.page is not None
 
+    def _is_coded(self, leaf: Leaf) -> bool:
+        return self.dtype == torch.int8 and leaf.kind in ("append", "ring")
+
+    def _coded(self, leaf: Leaf) -> Leaf:
+        """A growing leaf as it lies in memory: in an arena of 8 bits every vector has its scale behind it."""
+        return replace(leaf, shape=(*leaf.shape[:-1], leaf.shape[-1] + SCALE_BYTES)) if self._is_coded(leaf) else leaf
+
     def _dtype(self, leaf: Leaf) -> torch.dtype:
-        if leaf.dtype is None or (self.dtype == torch.float64 and leaf.dtype == "float32"):
-            return self.dtype
+        if self._is_coded(leaf):
+            return torch.int8
+        dtype = self._model[0].dtype if self.dtype == torch.int8 else self.dtype
+        if leaf.dtype is None or (dtype == torch.float64 and leaf.dtype == "float32"):
+            return dtype
         return DTYPES[leaf.dtype]
 
     def _buffer(self, key: Key) -> Tensor:
@@ -109,8 +122,9 @@ class Arena(nn.Module):
             if leaf.kind in ("fixed", "static"):
                 self._by_row.append((key, buffer))
                 continue
-            axis = max(1, len(leaf.shape))
-            view = Paged(buffer) if self._is_paged(leaf) else Ring(buffer, axis) if leaf.kind == "ring" else Dense(buffer, axis)
+            axis, decoded = max(1, len(leaf.shape)), self._model[0].dtype if self._is_coded(leaf) else None
+            slots = Ring if leaf.kind == "ring" else Dense
+            view = Paged(buffer, decoded) if self._is_paged(leaf) else slots(buffer, axis, decoded)
             self._views[key[0]][key[1]][key[2]] = view
 
     def views(self, rows: Rows = None) -> list[dict[str, Any]]:
@@ -378,7 +392,7 @@ class Arena(nn.Module):
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all leaves that have pages."""
-        return sum(leaf.num_bytes(self.page or 0, self.dtype.itemsize) for leaf in self.leaves.values() if self._is_paged(leaf))
+        return sum(leaf.num_bytes(self.page or 0, self._dtype(leaf).itemsize) for leaf in self.leaves.values() if self._is_paged(leaf))
 
     def row_bytes(self, max_len: int) -> int:
         """Bytes that a row for sequences of max_len tokens keeps for itself, outside of pages."""
@@ -386,9 +400,9 @@ class Arena(nn.Module):
         for leaf in self.leaves.values():
             if leaf.kind == "ring":
                 assert leaf.window is not None
-                total += leaf.num_bytes(1, self.dtype.itemsize) * (min(leaf.window - 1 + self.max_chunk, max_len) + 1)
+                total += leaf.num_bytes(1, self._dtype(leaf).itemsize) * (min(leaf.window - 1 + self.max_chunk, max_len) + 1)
             elif not self._is_paged(leaf):
-                total += leaf.num_bytes(max_len, self.dtype.itemsize)
+                total += leaf.num_bytes(max_len, self._dtype(leaf).itemsize)
         return total
 
     def bytes(self) -> int:

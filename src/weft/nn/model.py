@@ -50,7 +50,7 @@ class Model(nn.Module):
     """A stack of blocks between an embedding and a head, as a ModelSpec describes it.
 
     It owns no decode state: that is the arena's. A tied head is the embedding's own parameter. `fast` lets a quantised model take coarser
-    products in long passes over state: what a token gets then depends on its chunk.
+    products in long passes over state: what a token gets then depends on its chunk. `int8_state` keeps keys and values in 8 bits.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -66,7 +66,7 @@ class Model(nn.Module):
         self.norm = build_norm(spec.norm, spec.dim) if spec.final_norm else None
         self.head = Head(spec)
         self.gradient_checkpointing = False
-        self.fast = False
+        self.fast = self.int8_state = False
 
     def state_spec(self) -> list[dict[str, Any]]:
         """Decode state a layer and part; a part that cannot run incrementally says None."""
@@ -133,6 +133,8 @@ class Model(nn.Module):
     def state_dtype(self) -> torch.dtype:
         """In which numbers decode state is kept unless something else is asked for: the model's own, but half of float32 for the keys and
         values of a quantised model, whose weights are far coarser. A state that is fed back at every token stays as it is."""
+        if self.int8_state:
+            return torch.int8
         leaves = [leaf for layer in self.state_spec() for part in layer.values() for leaf in (part or {}).values()]
         fed_back = any(leaf.kind == "fixed" for leaf in leaves)
         return torch.bfloat16 if self.spec.quant is not None and self.dtype == torch.float32 and not fed_back else self.dtype

@@ -1,7 +1,8 @@
 """Views: the only code that knows how a growing leaf of state lies in memory.
 
 A view writes this pass's entries and reads everything visible back as `(values, absolute key positions)`, so that one mask rule
-serves every layout. Values are [B, K, *leaf shape]; positions are int64 [B, K], negative where a slot holds nothing.
+serves every layout. Values are [B, K, *leaf shape]; positions are int64 [B, K], negative where a slot holds nothing. A view with a
+`decoded` dtype keeps its entries in 8 bits (`weft.nn.state_codes`) and gives them back in that dtype.
 """
 
 from typing import NamedTuple, Protocol
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.nn.pages import PADDING
+from weft.nn.state_codes import decode, encode
 from weft.nn.step import Step
 
 
@@ -52,14 +54,14 @@ class _Slots:
     them in place. That needs the whole buffer, without a gap between rows: the final slot is read too, as one that is empty.
     """
 
-    def __init__(self, buffer: Tensor, token_axis: int) -> None:
-        self.buffer, self.entries = buffer, buffer.movedim(token_axis, 1)
+    def __init__(self, buffer: Tensor, token_axis: int, decoded: torch.dtype | None = None) -> None:
+        self.buffer, self.entries, self.decoded = buffer, buffer.movedim(token_axis, 1), decoded
         self.capacity = self.entries.shape[1] - 1
         self.dtype, self._key = buffer.dtype, f"{type(self).__name__} entries {tuple(buffer.shape)}"
 
     def _store(self, new: Tensor, step: Step, slots: Tensor) -> None:
         index = torch.where(step.valid, slots, self.capacity)
-        self.entries.index_put_((_rows(step)[:, None], index), new.to(self.entries.dtype))
+        self.entries.index_put_((_rows(step)[:, None], index), _stored(new, self.entries.dtype, self.decoded))
 
     def _locate(self, step: Step, slots: Tensor, positions: Tensor) -> Entries:
         heads, capacity, width = self.buffer.shape[1:]
@@ -68,7 +70,8 @@ class _Slots:
         return Entries(capacity * width, index, positions, row + torch.where(step.valid, slots, self.capacity))
 
     def _load(self, step: Step) -> Tensor:
-        return self.entries[: step.start.shape[0]] if step.rows is None else self.entries[step.rows]
+        entries = self.entries[: step.start.shape[0]] if step.rows is None else self.entries[step.rows]
+        return entries if self.decoded is None else decode(entries, self.decoded)
 
 
 class Dense(_Slots):
@@ -114,19 +117,20 @@ class Paged:
     copy: the reference that a kernel working in place has to equal.
     """
 
-    def __init__(self, pool: Tensor) -> None:
-        self.pool = pool
+    def __init__(self, pool: Tensor, decoded: torch.dtype | None = None) -> None:
+        self.pool, self.decoded = pool, decoded
         self.page, self.dtype = pool.shape[1], pool.dtype
         self.buffer, self._key = pool, f"paged entries {tuple(pool.shape)}"
         self._entries = pool.flatten(0, 1)
 
     def write(self, new: Tensor, step: Step) -> None:
         slots = step.once(("slots", self.page), lambda: page_slots(step, self.page))
-        self._entries.index_copy_(0, slots, new.flatten(0, 1).to(self.pool.dtype))
+        self._entries.index_copy_(0, slots, _stored(new.flatten(0, 1), self.pool.dtype, self.decoded))
 
     def read(self, step: Step) -> tuple[Tensor, Tensor]:
         assert step.table is not None
         values = self.pool[step.table].flatten(1, 2)
+        values = values if self.decoded is None else decode(values, self.decoded)
         if values.ndim > 3:  # head by head, as the other layouts have it: the products must not see how many rows there are
             values = values.movedim(1, -2).contiguous().movedim(-2, 1)
         capacity = values.shape[1]
@@ -142,6 +146,10 @@ class Paged:
         index = (step.table[:, :, None] * self.page + offsets).flatten(1)
         slots = page_slots(step, self.page).view(step.positions.shape)
         return Entries(width, index * heads, _filled(step, index.shape[1]), slots * heads)
+
+
+def _stored(new: Tensor, dtype: torch.dtype, decoded: torch.dtype | None) -> Tensor:
+    return new.to(dtype) if decoded is None else encode(new)
 
 
 def _rows(step: Step) -> Tensor:

@@ -11,7 +11,7 @@ LIMIT = 2e-3  # nats a token
 
 @torch.inference_mode()
 def quantised_drift(subject: Subject) -> Outcome:
-    """Of a quantised model: KL divergence from the same codes dequantised exactly, in float32 with float32 state, through the passes that generate."""
+    """Of a quantised model: KL divergence from the same codes dequantised, in float32 throughout, in the passes that generate."""
     exact = subject.in_float32()
     if exact is None:
         return Outcome.skipped(f"a float32 copy takes {subject.float32_bytes / 1e9:.1f} GB of memory, more than is free")

@@ -18,7 +18,7 @@ from weft.weights.load import Checkpoint, load_weights
 # How far two ways to compute the same logits may be apart, relative to the largest logit: what is left of rounding after some dozen
 # layers. A wrong mask, position or state is apart by a tenth and more.
 LOGIT_LIMITS = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Packed weights are multiplied with activations of 16 bits: where sums before them differ by a rounding, these differ by one part in 64,000.
+# Packed weights are multiplied with activations of 16 bits: where those differ by a rounding, products differ by one part in 64,000.
 PACKED_LIMIT = 1e-3
 GAP = 1e-4
 
