@@ -47,7 +47,7 @@ def weft(model: str, fast: bool) -> Answer:
     from weft.engine.open import open_engine
 
     torch.set_num_threads(threads())
-    engine = open_engine(model)
+    engine = open_engine(model, fast=fast)
 
     def answer(rows: list[list[int]], new: int) -> tuple[float, float, list[list[int]]]:
         params = SamplingParams(max_tokens=new, ignore_eos=True)
@@ -138,10 +138,15 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def contestants(scratch: Path) -> list[Racer]:
+def own() -> list[Racer]:
+    return [Racer("weft", weft, "smollm2-135m", False), Racer("weft --fast", weft, "smollm2-135m", True)]
+
+
+def peers(scratch: Path) -> list[Racer]:
+    """Those that are installed."""
     from weft.weights.hub import find_model
 
-    racers = [Racer("weft", weft, "smollm2-135m", False)]
+    racers = []
     if importlib.util.find_spec("llama_cpp"):
         racers.append(Racer("llama.cpp", llama_cpp, str(find_model("smollm2-135m"))))
     if importlib.util.find_spec("transformers"):
@@ -184,7 +189,7 @@ def main() -> int:
     new, row_new = (8, 4) if options.quick else (NEW, ROW_NEW)
     facts = machine("transformers", "llama-cpp-python")
     with tempfile.TemporaryDirectory() as temporary:
-        racers = contestants(Path(temporary))
+        racers = [*own(), *peers(Path(temporary))]
         probe = prompts(99, 4, 64)
         texts = {racer.name: [racer.ask([row], 32)[2][0] for row in probe] for racer in racers}
         same = {racer.name: agreement(texts["weft"], texts[racer.name]) for racer in racers}
@@ -200,7 +205,7 @@ def main() -> int:
     for name, speeds in found.items():
         row: dict[str, Any] = {}
         for what, values in speeds.items():
-            ratios = [own / other for own, other in zip(found["weft"][what], values, strict=True)]
+            ratios = [ours / other for ours, other in zip(found["weft"][what], values, strict=True)]
             row[what] = {"tokens_per_s": round(spread(values)["median"], 1), "weft_is": spread(ratios)}
         result["contestants"][name] = row
         cells = (f"{r['tokens_per_s']:7.0f}/s  weft x{r['weft_is']['median']:5.2f}" for r in row.values())

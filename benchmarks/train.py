@@ -10,9 +10,6 @@ float32: where they differ, nothing is reported and the exit code is 1. The last
 
 import argparse
 import json
-import multiprocessing
-import os
-import platform
 import random
 import statistics
 import sys
@@ -20,9 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from race import Racer, machine, spread, tell
 
 LR, CLIP = 1e-3, 1.0
 TOLERANCE = {"float32": 3e-5, "bfloat16": 1e-2}  # of the loss, absolute, in nats
@@ -168,19 +166,21 @@ def weft_step(contestant: Contestant, shape: Shape, folder: str) -> Step:
     return step
 
 
-def serve(contestant: Contestant, shape: Shape, folder: str, pipe: Connection) -> None:
-    """Build, then answer: a batch's number with (loss, norm, seconds), None by leaving."""
+def stepper(contestant: Contestant, shape: Shape, folder: str) -> Callable[[int], tuple[float, float, float]]:
+    """Answers a batch's number with (loss, norm, seconds)."""
     if contestant.heap:
         from weft.train.heap import keep_freed_memory
 
         keep_freed_memory()
     build = transformers_step if contestant.library == "transformers" else weft_step
     step = build(contestant, shape, folder)
-    pipe.send("ready")
-    while (number := pipe.recv()) is not None:
+
+    def answer(number: int) -> tuple[float, float, float]:
         started = time.perf_counter()
         loss, norm = step(number)
-        pipe.send((loss, norm, time.perf_counter() - started))
+        return loss, norm, time.perf_counter() - started
+
+    return answer
 
 
 def write_model(shape: Shape, folder: str, seed: int) -> None:
@@ -199,37 +199,19 @@ def write_model(shape: Shape, folder: str, seed: int) -> None:
 # What runs in the first process.
 
 
-class Racer:
-    """A contestant's process."""
+class Runner(Racer):
+    """A contestant with the seconds of its steps."""
 
     def __init__(self, contestant: Contestant, shape: Shape, folder: str) -> None:
+        super().__init__(contestant.name, stepper, contestant, shape, folder)
         self.contestant, self.seconds = contestant, list[float]()
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(contestant, shape, folder, other), daemon=True)
-        self._process.start()
-        other.close()
-        self._pipe.recv()
-
-    def step(self, number: int) -> tuple[float, float, float]:
-        self._pipe.send(number)
-        answer: tuple[float, float, float] = self._pipe.recv()
-        return answer
-
-    def leave(self) -> None:
-        self._pipe.send(None)
-        self._process.join()
 
 
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def enter(contestant: Contestant, shape: Shape, folder: str) -> tuple[Racer, list[tuple[float, float]]]:
+def enter(contestant: Contestant, shape: Shape, folder: str) -> tuple[Runner, list[tuple[float, float]]]:
     """Start a process; take three steps, of which the first compiles, and return what they measured."""
     started = time.perf_counter()
-    racer = Racer(contestant, shape, folder)
-    measured = [racer.step(number)[:2] for number in (0, 0, 1)]
+    racer = Runner(contestant, shape, folder)
+    measured = [racer.ask(number)[:2] for number in (0, 0, 1)]
     tell(f"  ready in {time.perf_counter() - started:5.0f} s, loss {measured[0][0]:.5f}, norm {measured[0][1]:.4f}: {contestant.name}")
     return racer, measured
 
@@ -248,12 +230,7 @@ def disagreement(contestant: Contestant, measured: list[tuple[float, float]], re
     return None
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
-
-
-def report(racers: list[Racer], shape: Shape) -> dict[str, Any]:
+def report(racers: list[Runner], shape: Shape) -> dict[str, Any]:
     """Medians and quartiles; ratios are taken round by round, then summarised."""
     tokens = shape.rows * shape.length
     best = min((r for r in racers if r.contestant.counts), key=lambda r: statistics.median(r.seconds))
@@ -274,16 +251,6 @@ def report(racers: list[Racer], shape: Shape) -> dict[str, Any]:
     return {"best_of_transformers": best.contestant.name, "best_of_weft": winner["name"], "ratio": ratio, "rows": rows}
 
 
-def machine() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"cpu": model, "threads": torch.get_num_threads(), "load_before": round(os.getloadavg()[0], 2), **versions}
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="steps of each that are timed")
@@ -296,8 +263,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     shape = Shape(vocab=128, dim=32, layers=1, heads=2, kv_heads=1, hidden=64, rows=2, length=160) if options.tiny else Shape()
-    facts = machine()
-    racers: list[Racer] = []
+    facts = machine("transformers")
+    racers: list[Runner] = []
     with tempfile.TemporaryDirectory() as temporary:
         folders = [str(Path(temporary, str(seed))) for seed in range(2)]
         for seed, folder in enumerate(folders):
@@ -319,7 +286,7 @@ def main() -> int:
             return 1
         for number in range(2, 2 + options.rounds):
             for racer in random.sample(racers, len(racers)):
-                racer.seconds.append(racer.step(number)[2])
+                racer.seconds.append(racer.ask(number)[2])
         for racer in racers:
             racer.leave()
     result = {"benchmark": "train", "shape": asdict(shape), "rounds": options.rounds, "machine": facts, **report(racers, shape)}
