@@ -56,7 +56,7 @@ def quantize_folder(source: Path, to: QuantType, out: Path, method: Method, text
     context = min(checkpoint.spec.context, CALIBRATION[1])
     measured = ids[-min(MEASURED, checkpoint.spec.context) :]
     rows = _rows(ids[: -len(measured)], context)
-    if len(measured) < 32 or (method == "gptq" and not rows):
+    if len(measured) < min(32, checkpoint.spec.context) or (method == "gptq" and not rows):
         raise UserError(f"{text} has {len(ids)} tokens; give a text of at least {context + 64}, better ten thousand.")
     model = load_weights(checkpoint, dtype=torch.float32)
     reference = Reference(model, measured, len(tokenizer.decode(measured[1:]).encode()))
