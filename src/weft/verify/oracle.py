@@ -14,17 +14,19 @@ from weft.verify.passes import Gap, gap_of, outcome_of
 from weft.verify.prompts import Prompt
 from weft.verify.subject import LOGIT_LIMITS, Subject
 from weft.weights.save import write_folder
+from weft.zoo import describe
 from weft.zoo.native import NATIVE
 
+_UNKNOWN = "transformers has no model of this shape"
 _PROMPTS = 4
 _TOKENS = 128  # of each prompt: transformers returns the logits of all of them at once
 
 
 def equals_transformers(subject: Subject) -> Outcome:
-    """Logits in float32, whatever the model runs in, of the same weights: a folder as it is, a GGUF file dequantised into one."""
+    """Logits in float32, whatever the model runs in, of the same weights: a folder as it is, quantised ones dequantised into one."""
     checkpoint = subject.checkpoint
-    if checkpoint.family is NATIVE:
-        return Outcome.skipped("transformers has no model of this shape")
+    if checkpoint.family is NATIVE and not subject.quantised:
+        return Outcome.skipped(_UNKNOWN)
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
@@ -32,12 +34,15 @@ def equals_transformers(subject: Subject) -> Outcome:
     model = subject.in_float32()
     if model is None:
         return Outcome.skipped(f"a float32 copy takes {subject.float32_bytes / 1e9:.1f} GB of memory, more than is free")
+    family, _ = describe(model.spec, checkpoint.family)
+    if family is NATIVE:
+        return Outcome.skipped(_UNKNOWN)
     prompts = [Prompt(prompt.text, prompt.ids[:_TOKENS]) for prompt in subject.longest(_PROMPTS)]
     with tempfile.TemporaryDirectory(prefix="weft-verify-") as temporary:
         folder = checkpoint.path
-        if checkpoint.is_gguf:
+        if checkpoint.is_gguf or subject.quantised:
             folder = Path(temporary)
-            write_folder(model, folder, family=checkpoint.family)
+            write_folder(model, folder, family=family)
         ours = [_logits(model, prompt) for prompt in prompts]
         del model  # a copy need not be in memory beside theirs
         try:
