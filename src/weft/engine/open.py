@@ -1,5 +1,6 @@
 """From a model's name to an engine that can be asked."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def open_engine(
         )
     model = open_weights(checkpoint, device, dtype)
     model.fast, model.int8_state = fast, int8_state
+    gc.collect()
+    gc.freeze()  # the model's ten thousand objects stay: looking through them again and again took a fiftieth of a token's time
     if draft in ("none", "ngram"):
         return Engine(model, tokenizer, rows=rows, memory=memory, draft=NgramDrafter() if draft == "ngram" else None)
     memory = default_memory(model.device) if memory is None else memory

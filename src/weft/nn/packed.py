@@ -51,9 +51,9 @@ class PackedWeight(nn.Module):
         self.register_buffer("scale", torch.zeros(blocks, groups, ROWS, dtype=torch.float16))
         self.register_buffer("minimum", torch.zeros(blocks, groups, ROWS, dtype=torch.float16) if minimum else None)
         self.register_buffer("like", torch.empty(0), persistent=False)
-        self._gather_operands()
+        self.gather_operands()
 
-    def _gather_operands(self) -> None:
+    def gather_operands(self) -> None:
         """What the kernel takes, in one plain tuple: four look-ups of a module's buffers are four microseconds a product."""
         self._operands = (self.codes, self.scale, self.minimum, self.bits, self.offset)
 
@@ -64,7 +64,7 @@ class PackedWeight(nn.Module):
         self.scale = fn(self.scale.view(torch.int16)).view(torch.float16)
         if self.minimum is not None:
             self.minimum = fn(self.minimum.view(torch.int16)).view(torch.float16)
-        self._gather_operands()
+        self.gather_operands()
         return self
 
     def numel(self) -> int:

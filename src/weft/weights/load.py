@@ -12,6 +12,7 @@ import torch
 from weft.errors import UserError
 from weft.files import read_text
 from weft.nn import Model, build, materialise
+from weft.nn.compact import compact
 from weft.spec import ModelSpec, Quant
 from weft.weights.files import TensorFiles
 from weft.weights.gguf import GGUF, read_gguf
@@ -137,6 +138,7 @@ def load_weights(
     model = materialise(build(checkpoint.spec, "meta", dtype or stored_dtype(checkpoint)), device)
     prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
     load_tensors(stored_state(model), checkpoint.rules(model), checkpoint.files, prefix, str(checkpoint.path))
+    compact(model)
     return model.eval()
 
 
@@ -145,6 +147,7 @@ def _load_packed(checkpoint: Checkpoint, files: "GGUFTensors", quant: Quant, dev
     model = materialise(build(spec, "meta", dtype), device)
     used, left = fill_packed(model, checkpoint.rules(model), files.file)
     load_tensors(dict(model.named_parameters()), left, _Rest(files.file, used), "", str(checkpoint.path))
+    compact(model)
     return model.eval()
 
 
