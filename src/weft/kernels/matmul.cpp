@@ -58,8 +58,9 @@ void quantise_row(const T* x, int64_t groups, int digits, const Rows& rows, int 
     const Floats inverse = all(most > 0.0f ? levels / most : 0.0f);
     const int32_t sum = digits == 1 ? narrow(mul(a, inverse), codes[0]) + narrow(mul(b, inverse), codes[0] + LANES)
                                     : split(mul(a, inverse), codes[0], codes[1]) + split(mul(b, inverse), codes[0] + LANES, codes[1] + LANES);
-    rows.scale[g * rows.size + row] = most / levels;
-    rows.total[g * rows.size + row] = most / levels * static_cast<float>(sum);
+    const float scale = most / levels + weft::sum(mul(add(a, b), all(0.0f)));  // not a number where one of x is none: integers would hide it
+    rows.scale[g * rows.size + row] = scale;
+    rows.total[g * rows.size + row] = scale * static_cast<float>(sum);
     for (int64_t c = 0; c < GROUP / 4; ++c)
       for (int d = 0; d < digits; ++d) std::memcpy(rows.bytes + (((g * GROUP / 4 + c) * digits + d) * rows.size + row) * 4, codes[d] + 4 * c, 4);
   }

@@ -41,7 +41,7 @@ def attend_in_place(
     """
     at = keys.locate(step)
     asked = step.once("asked positions", lambda: torch.where(step.valid, step.positions, -1))
-    mixed: Tensor = torch.ops.weft_cpu.attend.default(
+    mixed: Tensor = kernels.ops.attend(
         heads, *tables, settings.heads, keys.buffer, values.buffer, at.head_stride, at.head_stride,
         at.slots, at.starts, at.positions, asked, settings.scale, settings.window, settings.softcap,
     )  # fmt: skip

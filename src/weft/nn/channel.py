@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ class Gated(nn.Module):
         if self.spec.activation == "silu" and kernels.usable(x):
             if not self.spec.bias and isinstance(self.gate_up.weight, PackedWeight) and isinstance(self.down.weight, PackedWeight):
                 return multiply_gated(x, self.gate_up.weight, self.down.weight), Side()
-            return self.down(torch.ops.weft_cpu.silu_gate.default(self.gate_up(x))), Side()
+            return self.down(kernels.ops.silu_gate(self.gate_up(x))), Side()
         both = self.gate_up(x)
         gate, up = both.chunk(2, -1)
         return self.down(self.activation(gate) * up), Side()

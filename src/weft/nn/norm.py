@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels.usable(x, self.weight):
-            y: Tensor = torch.ops.weft_cpu.rms_norm.default(x, self.weight, self.eps, self.unit_offset)
+            y: Tensor = kernels.ops.rms_norm(x, self.weight, self.eps, self.unit_offset)
             return y
         wide = x if x.dtype == torch.float64 else x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)

@@ -118,7 +118,7 @@ class PackedWeight(nn.Module):
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b for x [..., columns], in x's dtype; row by row the same bits whatever the other rows are."""
         if self.kind != "nf4" and kernels.usable(x):
-            y: Tensor = torch.ops.weft_cpu.quantised_linear.default(x, *self._operands, kernels.coarse())
+            y: Tensor = kernels.ops.quantised_linear(x, *self._operands, kernels.coarse())
             y = y if y.shape[-1] == self.shape[0] else y[..., : self.shape[0]]
             return y if bias is None else y + bias
         return F.linear(x, self.dequantise(x.dtype), bias)
@@ -146,8 +146,8 @@ class PackedWeight(nn.Module):
 def multiply_gated(x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
     """down(silu(gate(x)) * up(x)) in one kernel call where the weights allow it, in three where they do not."""
     if gate_up.kind == "nf4" or gate_up.kind != down.kind or gate_up.shape[0] % ROWS or down.shape[0] % ROWS:
-        return down.multiply(torch.ops.weft_cpu.silu_gate.default(gate_up.multiply(x)))
-    y: Tensor = torch.ops.weft_cpu.gated_mlp.default(x, *gate_up._operands, *down._operands[:3], kernels.coarse())
+        return down.multiply(kernels.ops.silu_gate(gate_up.multiply(x)))
+    y: Tensor = kernels.ops.gated_mlp(x, *gate_up._operands, *down._operands[:3], kernels.coarse())
     return y
 
 

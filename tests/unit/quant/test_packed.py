@@ -55,6 +55,16 @@ def test_huge_and_empty_activations():
         assert packed.multiply(torch.full((1, 96), 1e30)).isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none_in_its_row(bad):
+    packed, *_ = example("int4", True)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+    x[1, 40] = bad
+    with torch.no_grad():
+        finite = packed.multiply(x).isfinite().all(-1)
+    assert finite.tolist() == [True, False, True]
+
+
 def test_a_gated_channel_in_one_call_is_the_same_in_three():
     gate_up, *_ = example("int4", True, rows=64, columns=32)
     down, *_ = example("int4", True, rows=32, columns=32, seed=1)

@@ -93,6 +93,15 @@ def test_bad_requests_get_a_sentence(tmp_path):
         assert not out.exists()
 
 
+def test_a_quantised_model_is_not_exported(tmp_path):
+    model = quantize(build(model_spec(SPEC), seed=4).eval(), Quant(type="int8"))
+    save_model(model, tmp_path / "small")
+    run = weft("export", tmp_path / "small", "--to", "hf", "-o", tmp_path / "out")
+    assert run.returncode == 2
+    assert "quantised to int8" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_spec_says_how_many_bits_it_stores():
     assert Quant(type="int8").bits() == 8.5
     assert Quant(type="int4", minimum=True).bits() == 5
