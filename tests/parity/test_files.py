@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,15 +169,14 @@ def test_loading_leaves_nothing_unfilled(tmp_path: Path, monkeypatch: pytest.Mon
     expected = saved("gemma2", tmp_path)
     real = map.load_tensors
 
-    def poisoned(model: torch.nn.Module, *rest: object) -> None:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(math.nan)
-        real(model, *rest)
+    def poisoned(tensors: Mapping[str, torch.Tensor], *rest: Any) -> None:
+        for tensor in tensors.values():
+            tensor.fill_(math.nan)
+        real(tensors, *rest)
 
     monkeypatch.setattr(load, "load_tensors", poisoned)
     assert (ours(tmp_path) - expected).abs().max() < TOLERANCE
-    monkeypatch.setattr(load, "load_tensors", lambda model, *rest: poisoned(model, rest[0][1:], *rest[1:]))
+    monkeypatch.setattr(load, "load_tensors", lambda tensors, *rest: poisoned(tensors, rest[0][1:], *rest[1:]))
     with pytest.raises((UserError, AssertionError)):
         ours(tmp_path)
 

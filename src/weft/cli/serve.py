@@ -61,7 +61,7 @@ def serve(
         local_only=server.is_local(access.host),
     )
     state = _bytes(limits.memory)
-    options = server.Options(run.device, run.dtype, run.draft, limits.rows, state, limits.grace, given)
+    options = server.Options(run.device, run.dtype, run.draft, limits.rows, state, limits.grace, given, run.fast, run.int8_state)
     app = server.open_app(models or ["smollm2-135m"], options)
     where, names = server.address(listener), list(app.workers)
 

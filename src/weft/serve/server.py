@@ -29,7 +29,7 @@ MODEL_NAME = re.compile(r"([\w.:-]+)=(.+)")
 
 @dataclass(frozen=True)
 class Options:
-    """How models are served.
+    """How models are served; `device`, `dtype`, `draft`, `fast` and `int8_state` as `open_engine` takes them.
 
     rows     texts that a model generates at a time.
     memory   bytes for decode state, shared out equally among the models; None lets each take a share of what the machine has left.
@@ -43,6 +43,8 @@ class Options:
     memory: int | None = None
     grace_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
+    fast: bool = False
+    int8_state: bool = False
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -75,7 +77,16 @@ def open_app(models: Sequence[str], options: Options) -> App:
         memory = default_memory(pick_device(options.device))
     share = None if memory is None else memory // len(names)
     for name, source in names.items():
-        engine = open_engine(source, options.device, options.dtype, rows=options.rows, memory=share, draft=options.draft)
+        engine = open_engine(
+            source,
+            options.device,
+            options.dtype,
+            rows=options.rows,
+            memory=share,
+            draft=options.draft,
+            fast=options.fast,
+            int8_state=options.int8_state,
+        )
         workers[name] = Worker(name, engine, options.rows, options.limits.queue, metrics.of(name))
     return App(workers, options.limits, metrics)
 
