@@ -10,7 +10,6 @@ same weights in bfloat16. Before anything is timed their greedy texts are compar
 
 import argparse
 import importlib.util
-import json
 import random
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from race import Racer, machine, spread, tell
+from race import Racer, compare, machine, publish, tell
 
 PROMPT, NEW = 512, 128
 ROWS, ROW_PROMPT, ROW_NEW = 16, 256, 64
@@ -200,20 +199,8 @@ def main() -> int:
         found = measure(racers, options.rounds, new, row_new)
         for racer in racers:
             racer.leave()
-    result: dict[str, Any] = {"benchmark": "decode", "machine": facts, "rounds": options.rounds, "agreement": same, "contestants": {}}
-    tell(f"\n{'':24}{'prompt':>26}{'decode, one row':>26}{f'{ROWS} rows':>26}")
-    for name, speeds in found.items():
-        row: dict[str, Any] = {}
-        for what, values in speeds.items():
-            ratios = [ours / other for ours, other in zip(found["weft"][what], values, strict=True)]
-            row[what] = {"tokens_per_s": round(spread(values)["median"], 1), "weft_is": spread(ratios)}
-        result["contestants"][name] = row
-        cells = (f"{r['tokens_per_s']:7.0f}/s  weft x{r['weft_is']['median']:5.2f}" for r in row.values())
-        tell(f"{name:24}" + "".join(f"{cell:>26}" for cell in cells))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    rows = compare(found, "weft")
+    publish({"benchmark": "decode", "machine": facts, "rounds": options.rounds, "agreement": same, "contestants": rows}, options.out)
     return 0
 
 

@@ -3,12 +3,13 @@
 Each has the allocator, the threads and the caches that its users get, and all wait while one works.
 """
 
+import json
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,29 @@ def machine(*packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             facts[package] = None
     return facts
+
+
+def compare(found: Mapping[str, Mapping[str, list[float]]], own: str) -> dict[str, Any]:
+    """Speeds of every contestant, round by round, as medians and as how many times as fast `own` is; printed as a table too."""
+    columns = list(found[own])
+    tell(f"\n{'':24}" + "".join(f"{column:>27}" for column in columns))
+    rows: dict[str, Any] = {}
+    for name, speeds in found.items():
+        rows[name] = {}
+        for column, values in speeds.items():
+            ratios = [ours / other for ours, other in zip(found[own][column], values, strict=True)]
+            rows[name][column] = {"tokens_per_s": round(spread(values)["median"], 1), "weft_is": spread(ratios)}
+        cells = (f"{row['tokens_per_s']:8.0f}/s  weft x{row['weft_is']['median']:5.2f}" for row in rows[name].values())
+        tell(f"{name:24}" + "".join(f"{cell:>27}" for cell in cells))
+    return rows
+
+
+def publish(result: dict[str, Any], out: Path | None) -> None:
+    """Write the result where it was asked for, and print it as the last line."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def tell(text: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from decode import peers, prompts
-from race import machine, spread, tell
+from race import compare, machine, publish, tell
 
 STREAMS, PROMPT, NEW = 16, 256, 64
 
@@ -101,19 +101,8 @@ def main() -> int:
         server.stop()
         for racer in racers:
             racer.leave()
-    result: dict[str, Any] = {"benchmark": "serve", "machine": facts, "rounds": options.rounds, "contestants": {}}
-    tell(f"\n{'':24}{'one request':>30}{f'{STREAMS} requests at once':>30}")
-    for name, speeds in found.items():
-        row: dict[str, Any] = {}
-        for streams, values in speeds.items():
-            ratios = [own / other for own, other in zip(found["weft serve"][streams], values, strict=True)]
-            row[str(streams)] = {"tokens_per_s": round(spread(values)["median"], 1), "weft_is": spread(ratios)}
-        result["contestants"][name] = row
-        tell(f"{name:24}" + "".join(f"{r['tokens_per_s']:12.0f}/s  weft x{r['weft_is']['median']:5.2f}   " for r in row.values()))
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    rows = compare({name: {str(streams): values for streams, values in speeds.items()} for name, speeds in found.items()}, "weft serve")
+    publish({"benchmark": "serve", "machine": facts, "rounds": options.rounds, "contestants": rows}, options.out)
     return 0
 
 

@@ -9,7 +9,6 @@ float32: where they differ, nothing is reported and the exit code is 1. The last
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from race import Racer, machine, spread, tell
+from race import Racer, machine, publish, spread, tell
 
 LR, CLIP = 1e-3, 1.0
 TOLERANCE = {"float32": 3e-5, "bfloat16": 1e-2}  # of the loss, absolute, in nats
@@ -290,11 +289,7 @@ def main() -> int:
         for racer in racers:
             racer.leave()
     result = {"benchmark": "train", "shape": asdict(shape), "rounds": options.rounds, "machine": facts, **report(racers, shape)}
-    text = json.dumps(result)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
+    publish(result, options.out)
     return 0
 
 

@@ -11,6 +11,7 @@ import torch
 from weft.engine.engine import Engine
 from weft.engine.request import Request, SamplingParams
 from weft.errors import UserError
+from weft.machine import matmul_peak, memory_bandwidth
 from weft.nn import Model
 from weft.nn.packed import PackedWeight
 
@@ -56,7 +57,7 @@ def measure(open_engine: Callable[[int], Engine], prompt: int, new: int, progres
     if prompt + new > engine.context:
         raise UserError(f"{prompt} + {new} tokens are more than the model's context of {engine.context}; measure fewer.")
     progress("the machine")
-    bandwidth, flops = _bandwidth(engine.model.device), _flops(engine.model)
+    bandwidth, flops = memory_bandwidth(engine.model.device), matmul_peak(engine.model.device, engine.model.dtype)
     _run(engine, 1, prompt, new, seed=0)
     cold, warm, decode = [], [], {}
     for rows in BATCHES:
@@ -112,26 +113,3 @@ def bytes_read(model: Model) -> int:
         return total
     table = model.embed.weight
     return total - (table.num_bytes if isinstance(table, PackedWeight) else table.numel() * table.element_size())
-
-
-def _bandwidth(device: torch.device) -> float:
-    """Bytes a second that a sum over 256 MB reads."""
-    x = torch.ones(2**26, device=device)
-    return x.numel() * 4 / _best(x.sum, device)
-
-
-def _flops(model: Model) -> float:
-    """Operations a second of a product of 1024 cubed in the dtype the model computes in."""
-    a = torch.randn(1024, 1024, device=model.device).to(model.dtype)
-    return 2 * 1024**3 / _best(lambda: a @ a, model.device)
-
-
-def _best(action: Callable[[], object], device: torch.device) -> float:
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

@@ -3,14 +3,15 @@
 Each has a naive twin in plain torch that says what it computes, and is only ever a faster way to the same numbers:
 
     quantised_linear   `weft.nn.packed.PackedWeight.multiply`
-    attend             `weft.nn.attend.attend_grouped` over what a view reads
-    rotate_and_write   `weft.nn.rope.rotate` and a view's `write`
+    gated_mlp          `weft.nn.channel.Gated` with packed weights
+    attend             `weft.nn.rope.rotate`, a view's `write` and `read`, and `weft.nn.attend.attend_grouped`
     rms_norm           `weft.nn.norm.RMSNorm`
     silu_gate          the activation of `weft.nn.channel.Gated`
 
 Compiled on first use by the system's C++ compiler and kept; where there is none, or with WEFT_KERNELS=off, plain torch does the work.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -40,37 +41,41 @@ def available() -> bool:
     return True
 
 
-class _Session:
-    """Between `settled` and its end: the dtype for which the question is settled, and whether products may be coarse."""
+class _Session(threading.local):
+    """Between `settled` and its end: the dtype for which the question is settled, and whether products may be coarse. A thread has its own:
+    a server runs each model in one, and what one may do must not leak into another."""
 
     dtype: torch.dtype | None = None
     coarse = False
+
+
+_session = _Session()
 
 
 @contextmanager
 def settled(model_dtype: torch.dtype, device: torch.device, coarse: bool = False) -> Iterator[None]:
     """Decide once for all that happens inside whether kernels are used for tensors of the model's dtype: the question costs a microsecond
     and a token asks it hundreds of times. `coarse` rounds what quantised weights are multiplied with to 8 bits instead of 16."""
-    before = _Session.dtype, _Session.coarse
-    _Session.coarse = coarse
-    _Session.dtype = model_dtype if device.type == "cpu" and _allowed() and model_dtype in DTYPES and available() else None
+    before = _session.dtype, _session.coarse
+    _session.coarse = coarse
+    _session.dtype = model_dtype if device.type == "cpu" and _allowed() and model_dtype in DTYPES and available() else None
     try:
         yield
     finally:
-        _Session.dtype, _Session.coarse = before
+        _session.dtype, _session.coarse = before
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether kernels may take these tensors: on a CPU, in one of their dtypes, outside training and outside a compiler's trace."""
     dtype = tensors[0].dtype
-    if dtype is _Session.dtype:
+    if dtype is _session.dtype:
         return True
     return dtype in DTYPES and _allowed() and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors) and available()
 
 
 def coarse() -> bool:
     """Whether quantised weights may be multiplied with activations of 8 bits."""
-    return _Session.coarse
+    return _session.coarse
 
 
 def _allowed() -> bool:

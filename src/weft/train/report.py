@@ -8,12 +8,13 @@ import torch
 
 from weft.errors import UserError
 from weft.files import atomic_write
+from weft.machine import matmul_peak
 from weft.train.card import Card, markdown, versions
 from weft.train.checkpoint import TrainState
 from weft.train.history import read_metrics
 from weft.train.job import Job
 from weft.train.plot import plot_loss
-from weft.train.speed import Pace, matmul_peak, peak_memory
+from weft.train.speed import Pace, peak_memory
 from weft.zoo import family_of
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from weft.errors import UserError
+from weft.machine import synchronize
 from weft.train.budget import SETTLE, Budget, evaluate_every
 from weft.train.callbacks import Callback
 from weft.train.checkpoint import SavedRun, TrainState, save_checkpoint, save_weights
@@ -21,7 +22,7 @@ from weft.train.objective import POLICY, Batch
 from weft.train.optim import Optimizer, clip_gradients
 from weft.train.report import Report
 from weft.train.rng import capture_rng, restore_rng, seed_rng
-from weft.train.speed import Stopwatch, synchronize
+from weft.train.speed import Stopwatch
 from weft.train.window import loss_function, open_window, run_window
 
 LOG_SECONDS = 1.0

@@ -1,5 +1,7 @@
 """What computing with packed weights adds to the rounding of the weights themselves."""
 
+import math
+
 import torch
 
 from weft.verify.check import Outcome
@@ -22,7 +24,7 @@ def quantised_drift(subject: Subject) -> Outcome:
         got = subject.model.logits(feed(subject.model, prompt.ids, [len(prompt.ids)])).float().log_softmax(-1)
         total += float((want.exp() * (want - got)).sum())
         places += len(prompt.ids)
-        bits += float((want - got)[:-1].gather(1, tokens[0, 1:, None]).sum()) / 0.6931471805599453
+        bits += float((want - got)[:-1].gather(1, tokens[0, 1:, None]).sum()) / math.log(2)
     kind = subject.model.spec.quant.type if subject.model.spec.quant is not None else ""
     detail = f"{kind}: {places} tokens against the same weights dequantised; {bits / places:+.2g} bits a token"
     return Outcome.measured(total / places, LIMIT, "nats a token of KL divergence", detail)

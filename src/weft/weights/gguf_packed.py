@@ -13,9 +13,9 @@ from weft.nn.packed import PackedWeight
 from weft.spec import ModelSpec, Quant
 from weft.weights.gguf import GGUF, TensorInfo
 from weft.weights.gguf_blocks import half, nibbles
+from weft.weights.gguf_header import BLOCK_TYPES_BY_NAME
 from weft.zoo.rules import Cat, Interleave, One, Rule, Source
 
-_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}  # of a block of 32
 _QUANTS = {"Q4_0": ("int4", False), "Q4_1": ("int4", True), "Q8_0": ("int8", False)}
 _FLOATS = ("F32", "F16", "BF16")
 _TABLES = ("token_embd.weight", "output.weight")
@@ -60,7 +60,7 @@ def _read(file: GGUF, source: Source) -> tuple[Tensor, Tensor, Tensor | None]:
     if isinstance(source, Interleave):  # rows of a head lie pair by pair in the file, half by half with us
         raw = raw.view(source.heads, -1, 2, raw.shape[1]).transpose(1, 2).reshape(raw.shape)
     rows = raw.shape[0]
-    blocks = raw.view(-1, _BYTES[kind])
+    blocks = raw.view(-1, BLOCK_TYPES_BY_NAME[kind].num_bytes)
     scale = half(blocks, 0).half().view(rows, -1)
     if kind == "Q8_0":
         return (blocks[:, 2:].view(torch.int8).to(torch.int16) + 128).to(torch.uint8).reshape(rows, -1), scale, None

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -132,6 +133,27 @@ def test_a_session_settles_the_question_and_gives_it_back():
         with kernels.settled(torch.float64, torch.device("cpu"), coarse=True):
             assert kernels.coarse()
         assert not kernels.coarse()
+
+
+def test_a_session_is_one_threads_own():
+    """A server runs each model in a thread: one that reads a prompt coarsely must not make another's token coarse."""
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with torch.no_grad(), kernels.settled(torch.float32, torch.device("cpu"), coarse=True):
+            seen.append(kernels.coarse())
+            inside.set()
+            leave.wait(10)
+
+    other = threading.Thread(target=first)
+    other.start()
+    assert inside.wait(10)
+    with torch.no_grad(), kernels.settled(torch.bfloat16, torch.device("cpu")):
+        seen.append(kernels.coarse())
+        leave.set()
+        other.join()
+    assert seen == [True, False]
+    assert not kernels.usable(torch.zeros(1)), "nothing stays behind, and gradients are on"
 
 
 def test_kernels_can_be_switched_off():

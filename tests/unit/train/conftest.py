@@ -2,10 +2,10 @@
 
 import pytest
 
-from weft.train import speed
+from weft import machine
 
 
 @pytest.fixture(autouse=True)
 def _quick_measure(monkeypatch):
-    monkeypatch.setattr(speed, "SECONDS", 0.0)
-    monkeypatch.setitem(speed.SIZES, "cpu", 128)
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
+    monkeypatch.setitem(machine.SIZES, "cpu", 128)

@@ -6,10 +6,11 @@ import io
 import pytest
 
 from weft.errors import UserError
+from weft.machine import matmul_peak
 from weft.train.callbacks import ProgressLine, TensorBoard, clock
 from weft.train.card import size
 from weft.train.plot import plot_loss
-from weft.train.speed import Pace, Stopwatch, matmul_peak
+from weft.train.speed import Pace, Stopwatch
 
 ROWS = [{"step": step, "loss": 3.0 - step / 100, "lr": 0.1} for step in range(1, 5)]
 
