@@ -49,7 +49,7 @@ def serve(
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}; install them with: pip install 'weft[serve]'")
     from weft.serve import server
-    from weft.serve.gate import Limits
+    from weft.serve.gate import Limits, is_local
 
     listener = server.listen(access.host, access.port)
     given = Limits(
@@ -58,7 +58,7 @@ def serve(
         body_bytes=_bytes(limits.body_limit) or 0,
         request_s=limits.timeout,
         queue=limits.queue,
-        local_only=server.is_local(access.host),
+        local_only=is_local(access.host),
     )
     state = _bytes(limits.memory)
     options = server.Options(run.device, run.dtype, run.draft, limits.rows, state, limits.grace, given, run.fast, run.int8_state)

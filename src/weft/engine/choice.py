@@ -27,7 +27,8 @@ class Chooser:
         else:
             sampler = self.sampler(batch, logits)
             peaks = logits.amax(-1)
-            chosen = sampler.sample(constrain(logits, [c.matcher for c in batch]), [c.uniform() for c in batch])
+            sound = torch.where(peaks.isfinite()[:, None], logits, 0.0)  # a broken row must not stop the draw of the others
+            chosen = sampler.sample(constrain(sound, [c.matcher for c in batch]), [c.uniform() for c in batch])
             sampler.observe(chosen)
         ids: list[int] = torch.where(peaks.isfinite(), chosen, NOT_FINITE).tolist()
         return ids, self.report(batch, logits, ids)

@@ -239,7 +239,8 @@ class Arena(nn.Module):
                 pool = self._blank(leaf)
                 pool[:held] = self._buffer(key)
                 setattr(self, _name(key), pool)
-                self._views[key[0]][key[1]][key[2]] = Paged(pool)
+                part = self._views[key[0]][key[1]]
+                part[key[2]] = Paged(pool, part[key[2]].decoded)
         self.pages.extend(self.num_pages)
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """Answers in OpenAI's form, whole and in pieces, from the engine's events."""
 
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from weft import __version__
 from weft.engine import Event, Result, TokenLogprob
+from weft.serve.errors import dumps
 from weft.serve.tools import Call, CallSplitter
 from weft.tokenizer import Tokenizer
 
@@ -147,14 +147,14 @@ def chat_answer(frame: Frame, choices: Sequence[Choice], logprobs: bool) -> dict
     for index, choice in enumerate(choices):
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.calls:
-            message |= {"content": choice.text.strip() or None, "tool_calls": [_call(call, i) for i, call in enumerate(choice.calls)]}
+            message |= {"content": choice.text.strip() or None, "tool_calls": [_call(call) for call in choice.calls]}
         entry = {"index": index, "message": message, "finish_reason": choice.reason}
         written.append(entry | {"logprobs": frame.chat_logprobs(choice.logprobs) if logprobs else None})
     results = [choice.result for choice in choices if choice.result is not None]
     return frame.envelope("chatcmpl", "chat.completion") | {"choices": written, "usage": usage(results)}
 
 
-def _call(call: Call, index: int | None = None) -> dict[str, Any]:
+def _call(call: Call) -> dict[str, Any]:
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
@@ -202,7 +202,7 @@ def completion_chunk(frame: Frame, index: int, piece: Piece, logprobs: int | Non
 
 def event(content: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + dumps(content) + b"\n\n"
 
 
 async def with_usage(chunks: AsyncGenerator[dict[str, Any], None], include: bool) -> AsyncGenerator[bytes, None]:

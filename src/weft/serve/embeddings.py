@@ -16,14 +16,14 @@ def embed(model: Model, ids: Sequence[int]) -> Generator[None, None, list[float]
     device = model.device
     with torch.inference_mode():
         arena = Arena(model, 1, len(ids), min(CHUNK, len(ids)))
-        total = torch.zeros(model.spec.dim, dtype=torch.float64, device=device)
+        total = torch.zeros(model.spec.dim, dtype=torch.float64)  # on the CPU: not every device has float64
     for start in range(0, len(ids), CHUNK):
         with torch.inference_mode():
             part = torch.tensor([ids[start : start + CHUNK]], device=device)
             counts = torch.tensor([part.shape[1]], device=device)
             output = model(part, arena.step(counts, part.shape[1]), arena.views())
             arena.commit(output.pending, counts)
-            total += output.hidden[0].double().sum(0)
+            total += output.hidden[0].cpu().double().sum(0)
         yield
     vector: list[float] = F.normalize(total, dim=0).float().tolist()
     return vector

@@ -17,6 +17,11 @@ CLIENT_GONE = 499  # as nginx counts an answer that nobody waits for any more
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a server there."""
+    return host in LOCAL_HOSTS or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
 @dataclass(frozen=True)
 class Limits:
     """What the server allows.
@@ -86,7 +91,7 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         path = scope["path"]
-        if self.limits.local_only and _host(headers.get(b"host", b"")) not in LOCAL_HOSTS:
+        if self.limits.local_only and not is_local(_host(headers.get(b"host", b""))):
             raise ApiError(403, "this server answers only to this machine's own names, such as localhost; serve with --host to be reached "
                            "by others.", "host_not_allowed")  # fmt: skip
         if self._keys and path not in self.public and scope["method"] != "OPTIONS":

@@ -18,7 +18,7 @@ from weft.engine.budget import default_memory
 from weft.engine.open import open_engine
 from weft.errors import UserError
 from weft.serve.app import App
-from weft.serve.gate import LOCAL_HOSTS, Limits
+from weft.serve.gate import Limits
 from weft.serve.metrics import Metrics
 from weft.serve.worker import Worker
 
@@ -148,7 +148,8 @@ async def _drain(app: App, grace_s: float, hurry: asyncio.Event) -> bool:
     if not finished:
         for worker in app.workers.values():
             worker.cancel_all()
-        while app.gate.active and loop.time() < end + 2:
+        end = loop.time() + 2
+        while app.gate.active and loop.time() < end:
             await asyncio.sleep(0.02)
     return finished
 
@@ -187,8 +188,3 @@ def _allow_many_connections() -> None:
 def address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach a server there."""
-    return host in LOCAL_HOSTS or host.startswith("127.")

@@ -8,7 +8,7 @@ system message does.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from weft.engine import Grammar
@@ -99,8 +99,6 @@ _BLOCK = re.compile(rf"\s*{OPEN}\n(.*?)\n{CLOSE}", re.DOTALL)
 class CallSplitter:
     """Tells what is said from what is called, in a text that comes piece by piece."""
 
-    calls: list[Call] = field(default_factory=list)
-    said: str = ""
     _held: str = ""
     _in_calls: bool = False
 
@@ -118,7 +116,6 @@ class CallSplitter:
         else:
             at = len(self._held) if final else len(self._held) - _overlap(self._held)
         shown, self._held = self._held[:at], self._held[at:]
-        self.said += shown
         return shown
 
     def _complete(self) -> list[Call]:
@@ -126,7 +123,6 @@ class CallSplitter:
         while match := _BLOCK.match(self._held):
             found.append(_parse(match[1]))
             self._held = self._held[match.end() :]
-        self.calls += found
         return found
 
 

@@ -71,8 +71,7 @@ class Worker:
     @contextmanager
     def place(self, sequences: int) -> Iterator[None]:
         """Room for a request while it is prepared and runs. Raises ApiError 429 where there is none."""
-        if self.failure is not None:
-            raise ApiError(503, f"the model {self.name} has failed ({self.failure}); restart the server.", "model_failed")
+        self._check_failure()
         if sequences > self.limit:
             raise ApiError(400, f"the request asks for {sequences} texts at once and this server takes {self.limit}; ask for fewer.")
         if self.open + sequences > self.limit:
@@ -87,6 +86,10 @@ class Worker:
             self.open -= sequences
             self._mean_s += 0.1 * (time.monotonic() - begun - self._mean_s)
 
+    def _check_failure(self) -> None:
+        if self.failure is not None:
+            raise ApiError(503, f"the model {self.name} has failed ({self.failure}); restart the server.", "model_failed")
+
     async def submit(self, request: Request) -> Ticket:
         """Hand a request to the engine. Raises UserError as `Engine.submit` does."""
         ticket = Ticket(request.params.n)
@@ -94,6 +97,7 @@ class Worker:
         def enter() -> None:
             if ticket.cancelled:
                 return
+            self._check_failure()  # it may have failed while the request was prepared
             ticket.number = self.engine.submit(request)
             self._tickets[ticket.number] = ticket
 

@@ -14,13 +14,14 @@ from weft.verify.prompts import CODE, NON_ASCII, PROSE, QUESTION
 from weft.verify.subject import Subject
 from weft.weights.fidelity import tokenizer_of
 from weft.weights.load import load_model
+from weft.weights.map import stored_state
 from weft.weights.save import save_model
 
 
 @torch.inference_mode()
 def save_then_load(subject: Subject) -> Outcome:
     """Logits, bit for bit, and token ids of the model that comes back from a temporary folder."""
-    needed = sum(parameter.nbytes for parameter in subject.model.parameters())
+    needed = sum(tensor.nbytes for tensor in stored_state(subject.model).values())
     with tempfile.TemporaryDirectory(prefix="weft-verify-") as folder:
         free = shutil.disk_usage(folder).free
         if needed * 1.1 > free:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from weft import kernels
 from weft.engine import Engine
+from weft.engine.budget import available_memory
 from weft.nn import Model
 from weft.nn.linear import Linear
 from weft.quant import dequantize
@@ -76,8 +76,7 @@ class Subject:
         is too short."""
         if self.dtype == torch.float32 and not self.quantised:
             return self.model
-        needed, free = self.float32_bytes, free_memory()
-        if free is not None and needed > free:
+        if self.device.type == "cpu" and self.float32_bytes > available_memory():
             return None
         return dequantize(self.model) if self.quantised else load_weights(self.checkpoint, self.device, torch.float32)
 
@@ -105,12 +104,3 @@ class Subject:
 def limit_of(model: Model) -> float:
     """The largest difference of logits, relative to the largest logit, that rounding in the dtypes of model and state explains."""
     return max(LOGIT_LIMITS[model.dtype], LOGIT_LIMITS[model.state_dtype], PACKED_LIMIT if model.spec.quant is not None else 0.0)
-
-
-def free_memory() -> float | None:
-    """Bytes that can be had without swapping, where the system says so."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    lines = meminfo.read_text().splitlines()
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -66,7 +66,6 @@ def test_top_p_equals_its_twin(ties):
     logits, p = rows(1, ties=ties).double(), torch.tensor([1.0, 1e-6, 0.3, 0.9, 0.999], dtype=torch.float64)
     found = kept(filters.keep_top_p(logits, p))
     assert found == [naive_top_p(row.tolist(), x) for row, x in zip(logits, p.tolist(), strict=True)]
-    assert len(found[1]) == (2 if ties and naive_top_k(logits[1].tolist(), 1) != naive_top_k(logits[1].tolist(), 2) else len(found[1]))
     assert found != [naive_top_p(row.tolist(), x) for row, x in zip(logits, [1.0, 1e-6, 0.6, 0.9, 0.999], strict=True)], "control"
 
 

@@ -1,5 +1,7 @@
 """The engine at work: streaming, stops, cancelling, contexts, broken models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_cases import VOCAB, drift, llama, model_of, prompts, random_ids, same_ids
@@ -174,12 +176,14 @@ def test_who_stops_listening_stops_the_work():
 # broken models
 
 
-def test_logits_that_are_not_finite_end_the_request_and_leave_nothing_behind():
+@pytest.mark.parametrize("others", [{}, {"temperature": 1.0, "seed": 1, "top_p": 0.9}, {"presence_penalty": 0.5}])
+def test_logits_that_are_not_finite_end_the_request_and_leave_nothing_behind(others):
+    params = replace(GREEDY, **others)
     model = build(llama().spec, dtype=torch.float64, seed=1)
     model.load_state_dict(llama().state_dict())
     with torch.no_grad():
         model.embed.weight[13] = torch.nan
-    bad, good = Request([1, 13, 2], GREEDY), Request([1, 12, 2], GREEDY)
+    bad, good = Request([1, 13, 2], params), Request([1, 12, 2], params)
     engine = Engine(model, rows=1)
     with pytest.raises(UserError, match="not finite"):
         engine.generate([bad])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from weft.engine import Engine, Request, SamplingParams
 from weft.nn import Arena, build
 from weft.nn.state_codes import decode, encode
 from weft.spec import model_spec
@@ -61,3 +62,12 @@ def test_a_wrong_scale_shows():
     stored = encode(x)
     stored[1, -2:] = stored[2, -2:]
     assert (decode(stored, torch.float32)[1] - x[1]).abs().max() > 0.05
+
+
+def test_an_engine_grows_its_pages_and_answers_as_one_that_has_enough():
+    sizes = {"vocab": 30, "dim": 16, "context": 64, "init_std": 0.3, "norm": {"type": "rms"}}
+    model = build(model_spec({**sizes, "layers": LAYERS["llama"]}), seed=1, dtype=torch.float64)
+    model.int8_state = True
+    request = Request([index % 30 for index in range(40)], SamplingParams(max_tokens=12))
+    grown, whole = (Engine(model, page=page).generate([request])[0].ids for page in (4, 64))
+    assert grown == whole

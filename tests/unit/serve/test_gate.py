@@ -63,7 +63,7 @@ def test_keys(header, status):
     assert ask(limits, [b""], path="/health")[0] == 200
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000", "[::1]"])
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.0.0.2:80", "[::1]:8000", "[::1]"])
 def test_this_machine_by_its_own_names(host):
     scope_host = [(b"host", host.encode())]
     assert ask(Limits(), [b""], headers=scope_host)[0] == 200

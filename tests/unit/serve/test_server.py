@@ -7,6 +7,7 @@ import uvicorn
 
 from weft.errors import UserError
 from weft.serve import server
+from weft.serve.gate import is_local
 
 
 async def hello(scope, receive, send):
@@ -47,5 +48,5 @@ def test_addresses():
             server.listen("127.0.0.1", port)
     with pytest.raises(UserError, match=r"cannot listen on 203\.0\.113\.7"):  # an address that is nobody's
         server.listen("203.0.113.7", 0)
-    assert all(map(server.is_local, ("localhost", "127.0.0.2", "::1")))
-    assert not any(map(server.is_local, ("0.0.0.0", "192.168.1.5")))
+    assert all(map(is_local, ("localhost", "127.0.0.2", "::1")))
+    assert not any(map(is_local, ("0.0.0.0", "192.168.1.5")))

@@ -7,7 +7,7 @@ import pytest
 from weft.engine import Grammar
 from weft.engine.grammar import GrammarCompiler
 from weft.serve.schema import Tool
-from weft.serve.tools import MAX_CALLS, Call, CallSplitter, grammar, preamble, write_call
+from weft.serve.tools import Call, CallSplitter, grammar, preamble, write_call
 from weft.tokenizer.train import train_tokenizer
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
@@ -85,4 +85,3 @@ def test_the_description_of_tools_is_json():
     lines = preamble(TOOLS).split("<tools>\n")[1].split("\n</tools>")[0].splitlines()
     assert [json.loads(line)["function"]["name"] for line in lines] == ["weather", "time"]
     assert json.loads(lines[0])["function"]["parameters"] == PARAMETERS
-    assert MAX_CALLS > 1

@@ -110,9 +110,9 @@ def test_who_goes_away_leaves_nothing(worker):
         job = asyncio.ensure_future(worker.run(embed(worker.engine.model, [1] * 100)))
         await asyncio.sleep(0)
         job.cancel()
+        assert len(await text_of(worker, LONG)) > 0  # commands are taken in order: those before it have been carried out
         await settled(worker)
         assert worker._tickets == {}
-        assert len(await text_of(worker, LONG)) > 0
 
     within(worker, work)
 
