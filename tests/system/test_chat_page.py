@@ -289,7 +289,7 @@ def test_a_phone_of_360_pixels(page: Page) -> None:
     assert page.all("pre")
     assert fits()
     page.get("#open-side").click()
-    assert page.get("#new-chat").is_displayed()
+    page.until(lambda: page.get("#new-chat").is_displayed())
     assert fits()
     page.press(Keys.ESCAPE)
     page.until(lambda: not page.get("#new-chat").is_displayed())

@@ -45,8 +45,9 @@ class _Session(threading.local):
     """Between `settled` and its end: the dtype for which the question is settled, and whether products may be coarse. A thread has its own:
     a server runs each model in one, and what one may do must not leak into another."""
 
-    dtype: torch.dtype | None = None
-    coarse = False
+    def __init__(self) -> None:  # called in each thread; in the instance, where a compiler's trace looks for what it is guarded by
+        self.dtype: torch.dtype | None = None
+        self.coarse = False
 
 
 _session = _Session()
