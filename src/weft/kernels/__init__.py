@@ -7,6 +7,7 @@ Each has a naive twin in plain torch that says what it computes, and is only eve
     attend             `weft.nn.rope.rotate`, a view's `write` and `read`, and `weft.nn.attend.attend_grouped`
     rms_norm           `weft.nn.norm.RMSNorm`
     silu_gate          the activation of `weft.nn.channel.Gated`
+    layers             several blocks, one after another: `weft.nn.stretch`
 
 Compiled on first use by the system's C++ compiler and kept; where there is none, or with WEFT_KERNELS=off, plain torch does the work.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
-NAMES = ("quantised_linear", "gated_mlp", "attend", "rms_norm", "silu_gate")
+NAMES = ("quantised_linear", "gated_mlp", "attend", "rms_norm", "silu_gate", "layers")
 ops: Any = SimpleNamespace()
 """The kernels by name, once they are loaded: torch's own look-up takes a microsecond, hundreds of times a token."""
 

@@ -14,7 +14,7 @@ import torch
 
 from weft.files import cache_home
 
-SOURCES = ("vectors.h", "rows.cpp", "attend.cpp", "matmul.cpp")
+SOURCES = ("vectors.h", "rows.cpp", "attend.cpp", "matmul.cpp", "layers.cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-shared", "-fPIC")
 HERE = Path(__file__).parent
 

@@ -40,9 +40,14 @@ def attend_in_place(
     Scores, softmax and sums are float32. A query's result does not depend on the other queries or rows.
     """
     at = keys.locate(step)
-    asked = step.once("asked positions", lambda: torch.where(step.valid, step.positions, -1))
+    asked = asked_positions(step)
     mixed: Tensor = kernels.ops.attend(
         heads, *tables, settings.heads, keys.buffer, values.buffer, at.head_stride, at.head_stride,
         at.slots, at.starts, at.positions, asked, settings.scale, settings.window, settings.softcap,
     )  # fmt: skip
     return mixed
+
+
+def asked_positions(step: Step) -> Tensor:
+    """[B, T] int64: the position of every query, -1 for padding, which asks for nothing."""
+    return step.once("asked positions", lambda: torch.where(step.valid, step.positions, -1))

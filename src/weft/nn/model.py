@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from weft import kernels
 from weft.nn.block import Block, build_block
 from weft.nn.fill import fill_normal
 from weft.nn.linear import affine, pack_structure
@@ -16,6 +17,7 @@ from weft.nn.norm import build_norm
 from weft.nn.packed import PackedWeight
 from weft.nn.position import build_position
 from weft.nn.step import Step
+from weft.nn.stretch import Stretch, find_stretches
 from weft.spec import ModelSpec
 
 Pending = list[dict[str, dict[str, Tensor]]]
@@ -67,6 +69,7 @@ class Model(nn.Module):
         self.head = Head(spec)
         self.gradient_checkpointing = False
         self.fast = self.int8_state = False
+        self._stretches: dict[int, Stretch] | None = None
 
     def state_spec(self) -> list[dict[str, Any]]:
         """Decode state a layer and part; a part that cannot run incrementally says None."""
@@ -95,7 +98,14 @@ class Model(nn.Module):
         pending: Pending = []
         aux: dict[str, Tensor] = {}
         recompute = self.gradient_checkpointing and self.training and views is None
+        stretches = self._in_one_call(x, views)
         for i, block in enumerate(self.blocks):
+            if i in stretches:
+                assert views is not None
+                x = stretches[i].run(x, step, views)
+                pending += [{} for _ in range(stretches[i].count)]
+            if i < len(pending):
+                continue
             if recompute:
                 x, sides = checkpoint(block, x, step, None, use_reentrant=False)
             else:
@@ -104,6 +114,14 @@ class Model(nn.Module):
             for name, side in sides.items():
                 aux.update({f"{i}.{name}.{key}": value for key, value in side.aux.items()})
         return Output(self, x if self.norm is None else self.norm(x), pending, aux)
+
+    def _in_one_call(self, x: Tensor, views: Sequence[dict[str, Any]] | None) -> dict[int, Stretch]:
+        """By their first layer, the stretches of layers that one kernel call computes in this pass."""
+        if views is None or self.spec.quant is None or not kernels.usable(x):
+            return {}
+        if self._stretches is None:
+            self._stretches = find_stretches(self.blocks)
+        return {i: stretch for i, stretch in self._stretches.items() if stretch.reads(views)}
 
     def enter(self, tokens: Tensor, step: Step) -> Tensor:
         """What the first layer reads, [B, T, D]: token vectors with their positions."""
