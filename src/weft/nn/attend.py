@@ -1,7 +1,8 @@
 """Scaled dot-product attention (Vaswani et al. 2017, equation 1): one naive form to read, two fast ones to run.
 
 Shapes: B batch, T queries, K keys, H heads, G key-value heads, D channels a head. Queries [B, T, H, D], keys and values [B, K, G, D],
-masks bool [B, T, K] (True may look). Query head h reads key-value head h // (H / G). A query with no key to look at gives zeros.
+masks bool [B, T, K] (True may look). Query head h reads key-value head h // (H / G). A query with no key to look at gives zeros. Values
+may have another width than keys; outputs have theirs.
 """
 
 import torch
@@ -42,7 +43,7 @@ def attend_grouped(
     weights = scores.softmax(-1) * mask.any(-1)[:, None, None, :, None]
     weights = F.dropout(weights, dropout).to(v.dtype) if dropout else weights.to(v.dtype)
     mixed = torch.matmul(weights.view(batch, groups, share * length, -1), v.transpose(1, 2))
-    return mixed.view(batch, groups, share, length, width).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    return mixed.view(batch, groups, share, length, -1).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
@@ -50,6 +51,9 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 
     Every query must have a key to look at: in the parallel pass it has itself.
     """
+    width = v.shape[-1]
+    if width < k.shape[-1]:  # torch's kernels want equal widths, and what it does otherwise holds all T x K weights at once
+        v = F.pad(v, (0, k.shape[-1] - width))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     share = q.shape[1] // k.shape[1]
     if share > 1:  # the CPU kernel takes equal heads only, and repeating the few keys costs less than its unfused fallback
@@ -57,4 +61,4 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
     mixed = F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if mask is None else mask[:, None], dropout_p=dropout, is_causal=mask is None, scale=scale
     )
-    return mixed.transpose(1, 2)
+    return mixed.transpose(1, 2)[..., :width]

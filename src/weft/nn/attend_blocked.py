@@ -4,7 +4,8 @@ Block i holds queries [iC, iC + C) and looks at keys [0, iC + C) alone: almost h
 left out. Each block is a batched product a key-value head, with the queries of its group side by side, around a softmax that a
 compiler fuses into two passes. The mask is an addend that all layers share, so packed documents cost the same as whole rows.
 
-Shapes: B batch, T tokens, H heads, G key-value heads, S = H / G heads a group, D channels a head, C queries a block.
+Shapes: B batch, T tokens, H heads, G key-value heads, S = H / G heads a group, D channels a head (values may have
+another number E), C queries a block.
 """
 
 import math
@@ -22,7 +23,7 @@ MAX_LENGTH = 2048  # the weights of every block are kept for the backward pass; 
 
 
 def attend_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention of q [B, T, H, D] over k and v [B, T, G, D], in v's dtype; returns [B, T, H, D].
+    """Causal attention of q [B, T, H, D] over k [B, T, G, D] and v [B, T, G, E], in v's dtype; returns [B, T, H, E].
 
     bias    [1 or B, T, T] added to the scores, from `causal_bias`: it forbids every later key, and leaves every query its own.
     window  the window that bias was made with: keys further back are skipped.
@@ -78,7 +79,7 @@ class _BlockedAttention(torch.autograd.Function):
         share, pairs = heads // groups, batch * groups
         queries = _by_group(q * scale, groups)
         keys = k.permute(0, 2, 3, 1).reshape(pairs, width, length)
-        values = v.transpose(1, 2).reshape(pairs, length, width)
+        values = v.transpose(1, 2).reshape(pairs, length, -1)
         mixed, weights, norms = [], [], []
         for low, start, end in _blocks(length, window):
             rows = end - start
@@ -88,7 +89,7 @@ class _BlockedAttention(torch.autograd.Function):
             p = scores.sub_(scores.amax(-1, keepdim=True)).exp2_().to(v.dtype)
             norms.append(_wide(p).sum(-1, keepdim=True).view(batch, groups, share, rows, 1))
             weights.append(p.view(pairs, share * rows, end - low))
-            mixed.append(torch.bmm(weights[-1], values[:, low:end]).view(batch, groups, share, rows, width))
+            mixed.append(torch.bmm(weights[-1], values[:, low:end]).view(batch, groups, share, rows, -1))
         inverse = torch.cat(norms, 3).reciprocal()
         out = (torch.cat(mixed, 3) * inverse).to(v.dtype)
         ctx.save_for_backward(queries, keys, values, out, inverse, *weights)
@@ -98,7 +99,7 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, out, inverse, *weights = ctx.saved_tensors
-        batch, groups, share, length, width = out.shape
+        batch, groups, share, length, width = queries.shape
         pairs = batch * groups
         incoming = _wide(_by_group(grad, groups)) * inverse
         dots = (incoming * _wide(out)).sum(-1, keepdim=True)
@@ -107,14 +108,14 @@ class _BlockedAttention(torch.autograd.Function):
         spans, grad_q, grad_k, grad_v = list(_blocks(length, ctx.window)), [], [], []
         for p, (low, start, end) in zip(weights, spans, strict=True):
             rows = share * (end - start)
-            h = incoming[:, :, :, start:end].reshape(pairs, rows, width)
+            h = incoming[:, :, :, start:end].reshape(pairs, rows, -1)
             dot = dots[:, :, :, start:end].reshape(pairs, rows, 1)
             ds = _wide(torch.bmm(h, values[:, :, low:end])).sub_(dot).mul_(_wide(p)).to(p.dtype)
             grad_q.append(torch.bmm(ds, keys[:, low:end]).view(batch, groups, share, end - start, width))
             grad_k.append(torch.bmm(ds.transpose(1, 2), queries[:, :, :, start:end].reshape(pairs, rows, width)))
             grad_v.append(torch.bmm(p.transpose(1, 2), h))
         dq = _by_token(torch.cat(grad_q, 3) * ctx.scale)
-        dk, dv = (_sum_spans(parts, spans).view(batch, groups, length, width).transpose(1, 2) for parts in (grad_k, grad_v))
+        dk, dv = (_sum_spans(parts, spans).view(batch, groups, length, -1).transpose(1, 2) for parts in (grad_k, grad_v))
         return dq, dk, dv, None, None, None
 
 

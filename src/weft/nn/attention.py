@@ -26,7 +26,7 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.dim = spec, site.dim
         self.heads, self.groups, self.width = spec.heads, spec.num_kv_heads, spec.width(site.dim)
-        self.scale = spec.scale or self.width**-0.5
+        self.scale = (spec.scale or self.width**-0.5) * (spec.rope.score_factor if spec.rope else 1.0)
         self.settings = AttendSettings(self.heads, self.scale, spec.window or 0, spec.softcap or 0.0)
         self.dropout = site.dropout.attention
         self.qkv = Linear(site.dim, (self.heads + 2 * self.groups) * self.width, site.init_std, spec.qkv_bias)
@@ -46,21 +46,31 @@ class Attention(nn.Module):
         heads = self.qkv(x).view(batch, length, -1, self.width)
         if views is not None and can_attend_in_place(heads, views["k"], views["v"]):
             return self.out(self._attend_in_place(heads, step, views).view(batch, length, -1)), Side()
+        q, k, v = self._turned(heads, step)
+        if views is None:
+            mixed = self._attend_parallel(q, k, v, step)
+        else:
+            k, v, mask = self._remembered(k, v, step, views)
+            mixed = attend_grouped(q, k, v, mask, self.scale, self.spec.softcap)
+        return self.out(mixed.reshape(batch, length, -1)), Side()
+
+    def _turned(self, heads: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of heads [B, T, H + 2 G, D], normalised and rotated."""
         q, k, v = heads.split([self.heads, self.groups, self.groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             cos, sin = self.rope.tables(step)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if views is None:
-            mixed = self._attend_parallel(q, k, v, step)
-        else:
-            views["k"].write(k, step)
-            views["v"].write(v, step)
-            (k, positions), (v, _) = views["k"].read(step), views["v"].read(step)
-            mask = step.once(("mask", self.spec.window, k.shape[1]), lambda: allowed(step, positions, self.spec.window))
-            mixed = attend_grouped(q, k.to(q.dtype), v.to(q.dtype), mask, self.scale, self.spec.softcap)
-        return self.out(mixed.reshape(batch, length, -1)), Side()
+        return q, k, v
+
+    def _remembered(self, k: Tensor, v: Tensor, step: Step, views: State) -> tuple[Tensor, Tensor, Tensor]:
+        """Write this pass's keys and values [B, T, G, D] and read all there are [B, K, G, D], with the mask [B, T, K] of queries over them."""
+        views["k"].write(k, step)
+        views["v"].write(v, step)
+        (keys, positions), (values, _) = views["k"].read(step), views["v"].read(step)
+        mask = step.once(("mask", self.spec.window, keys.shape[1]), lambda: allowed(step, positions, self.spec.window))
+        return keys.to(k.dtype), values.to(v.dtype), mask
 
     def _attend_in_place(self, heads: Tensor, step: Step, views: State) -> Tensor:
         """The same by kernels that turn, write and read without a copy: heads [B, T, H + 2 G, D] -> [B, T, H, D]."""
@@ -78,7 +88,7 @@ class Attention(nn.Module):
             return attend_blocked(q, k, v, bias, self.scale, self.spec.window)
         if self.spec.causal and step.plain and self.spec.softcap is None and (self.spec.window or q.shape[1]) >= q.shape[1]:
             return attend_fused(q, k, v, None, self.scale, dropout)
-        mask = step.once(("parallel mask", self.spec.causal, self.spec.window), lambda: self._parallel_mask(step))
+        mask = self._parallel_mask(step)
         if self.spec.softcap is None:
             return attend_fused(q, k, v, mask, self.scale, dropout)
         return attend_grouped(q, k, v, mask, self.scale, self.spec.softcap, dropout)
@@ -89,6 +99,10 @@ class Attention(nn.Module):
         return q.device.type == "cpu" and q.shape[1] <= MAX_LENGTH and ordered and self.spec.causal and self.spec.softcap is None
 
     def _parallel_mask(self, step: Step) -> Tensor:
+        """Which of a parallel pass's own keys each of its queries may see, bool [B, T, T]."""
+        return step.once(("parallel mask", self.spec.causal, self.spec.window), lambda: self._make_parallel_mask(step))
+
+    def _make_parallel_mask(self, step: Step) -> Tensor:
         if self.spec.causal:
             return allowed(step, step.positions, self.spec.window)
         mask = step.valid[:, None, :] | torch.eye(step.length, dtype=torch.bool, device=step.valid.device)

@@ -1,5 +1,6 @@
 """How a model knows where a token stands: nothing, an addition to the embedding, or a rotation of queries and keys."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -67,7 +68,9 @@ class Llama3Scaling(Spec):
 class YarnScaling(Spec):
     """YaRN (Peng et al. 2023): interpolation by wavelength, and a factor on cosines and sines that sharpens attention.
 
-    attention_factor None takes the paper's 0.1 ln(factor) + 1 (equation 22).
+    attention_factor  of cosines and sines; None takes the paper's 0.1 ln(factor) + 1 (equation 22).
+    mscale_all_dim    where given, scores are multiplied by (0.1 mscale_all_dim ln(factor) + 1)^2: DeepSeek-V2's form, which sharpens
+                      channels that are not rotated as well (DeepSeek-AI 2024, section 3.1.4).
     """
 
     type: Literal["yarn"] = "yarn"
@@ -76,6 +79,7 @@ class YarnScaling(Spec):
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
     attention_factor: PositiveFloat | None = None
+    mscale_all_dim: PositiveFloat | None = None
 
 
 Scaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="type")]
@@ -86,3 +90,11 @@ class Rope(Spec):
 
     base: PositiveFloat = 10000.0
     scaling: Scaling | None = None
+
+    @property
+    def score_factor(self) -> float:
+        """What scores are multiplied by beside their scale; 1 but for a YaRN with `mscale_all_dim`."""
+        yarn = self.scaling
+        if not isinstance(yarn, YarnScaling) or yarn.mscale_all_dim is None or yarn.factor <= 1:
+            return 1.0
+        return (0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1.0) ** 2

@@ -8,11 +8,12 @@ from weft.nn.attend import attend_fused, attend_grouped, attend_naive
 SHAPES = [(1, 1, 1, 1, 1, 2), (2, 5, 7, 4, 2, 6), (3, 13, 13, 6, 1, 5), (2, 9, 17, 3, 3, 8)]  # B, T, K, H, G, D
 
 
-def inputs(shape, dtype=torch.float64):
+def inputs(shape, dtype=torch.float64, narrower=0):
+    """Values have `narrower` channels fewer than keys."""
     batch, length, keys, heads, groups, width = shape
     generator = torch.Generator().manual_seed(sum(shape))
     q = torch.randn(batch, length, heads, width, generator=generator, dtype=dtype)
-    k, v = (torch.randn(batch, keys, groups, width, generator=generator, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(batch, keys, groups, size, generator=generator, dtype=dtype) for size in (width, width - narrower))
     positions = torch.arange(keys - length, keys)
     mask = torch.arange(keys) <= positions[:, None]
     return q, k, v, mask.expand(batch, -1, -1)
@@ -48,6 +49,19 @@ def test_fused_equals_naive(shape, masked):
     got = gradients(lambda q, k, v: attend_fused(q, k, v, mask if masked else None, 0.4), q, k, v)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_may_be_narrower_than_keys(shape):
+    q, k, v, mask = inputs(shape, narrower=1)
+    want = gradients(lambda q, k, v: attend_naive(q, k, v, mask, 0.4), q, k, v)
+    assert want[0].shape[-1] == shape[-1] - 1
+    for attend in (attend_grouped, attend_fused):
+        got = gradients(lambda q, k, v, attend=attend: attend(q, k, v, mask, 0.4), q, k, v)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    wrong = attend_fused(q, k, v.roll(1, -1), mask, 0.4)
+    assert shape[-1] == 2 or (wrong - want[0]).abs().max() > 1e-4, "control: channels in another order show"
 
 
 def test_a_query_without_keys_gives_zeros_and_stays_finite():

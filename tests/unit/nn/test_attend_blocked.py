@@ -21,10 +21,10 @@ CASES = [
 
 
 def inputs(length, window, document, dtype=torch.float64):
-    """q, k, v, the naive form's mask, the blocked form's bias, and a gradient."""
+    """q, k, v, the naive form's mask, the blocked form's bias, and a gradient. Values are narrower than keys."""
     generator = torch.Generator().manual_seed(length)
-    q, g = (torch.randn(2, length, 6, 4, generator=generator, dtype=dtype) for _ in range(2))
-    k, v = (torch.randn(2, length, 3, 4, generator=generator, dtype=dtype) for _ in range(2))
+    q, g = (torch.randn(2, length, 6, width, generator=generator, dtype=dtype) for width in (4, 3))
+    k, v = (torch.randn(2, length, 3, width, generator=generator, dtype=dtype) for width in (4, 3))
     index = torch.arange(length)
     sizes = (length, length) if document is None else (document, document + 3)
     mask = (index <= index[:, None]) & torch.stack([index[:, None] // size == index // size for size in sizes])
