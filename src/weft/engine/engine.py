@@ -29,7 +29,7 @@ from weft.engine.stats import EngineStats
 from weft.engine.stop import TextStream
 from weft.errors import UserError
 from weft.nn import Model
-from weft.nn.pages import PagesExhausted
+from weft.nn.pages import PAGE, PagesExhausted
 
 if TYPE_CHECKING:
     from weft.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ class Engine:
         chunk: int = 256,
         context: int | None = None,
         memory: int | None = None,
-        page: int = 64,
+        page: int = PAGE,
         cache: bool = True,
         draft: Drafter | Speculation | None = None,
     ) -> None:
@@ -150,6 +150,10 @@ class Engine:
             results += [continuation.result("cancelled") for continuation in jobs]
             self._end(job)
         return results
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of decode state of a text of `length` tokens."""
+        return self._lanes.arena.state_bytes(length)
 
     def clear_cache(self) -> None:
         """Forget the state of finished requests; needed when the model's weights have changed."""

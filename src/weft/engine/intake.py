@@ -71,9 +71,8 @@ class Intake:
         wanted = length + (min(limit, 1) if params.max_tokens is None else limit) - 1
         if self.lanes.has_pages and wanted > fits:
             asked = f"{params.beams} beams of {wanted}" if params.beams > 1 else str(wanted)
-            itemsize = self.lanes.arena.dtype.itemsize
             raise UserError(
-                f"the request needs the state of {asked} tokens, {params.beams * self.model.spec.state_bytes(wanted, itemsize)} bytes, and "
+                f"the request needs the state of {asked} tokens, {params.beams * self.lanes.arena.state_bytes(wanted)} bytes, and "
                 f"memory for {fits * params.beams} tokens is allowed; shorten it, lower max_tokens, or allow more memory."
             )
         return min(limit, fits + 1 - length) if self.lanes.has_pages else limit

@@ -12,6 +12,7 @@ from weft.engine.prefix import Chain, Hit, PrefixCache, numeric_mode
 from weft.nn import Arena, Model, Runner
 from weft.nn.arena import Copy
 from weft.nn.model import Pending
+from weft.nn.pages import PAGE
 
 FIRST_TOKENS = 1024
 FREE_GROWTH = 8
@@ -52,11 +53,11 @@ class Lanes:
     """
 
     def __init__(
-        self, model: Model, limit: int, chunk: int, context: int, memory: int | None = None, page: int = 64, cache: bool = True
+        self, model: Model, limit: int, chunk: int, context: int, memory: int | None = None, page: int = PAGE, cache: bool = True
     ) -> None:
         self.model, self.context, self.page = model, context, page
         self.chunk = min(chunk, context)
-        self.device = model.embed.weight.device
+        self.device = model.device
         self.memory = default_memory(self.device) if memory is None else memory
         self.arena = Arena(model, 1, self._capacity(1), self.chunk, page=page, num_pages=1)
         plan = plan_memory(self.arena, limit, self.context, self.memory)
@@ -132,7 +133,7 @@ class Lanes:
     def prime(self, lane: Lane, memory: Tensor) -> None:
         """Write the state of cross-attention from a memory [S, M]."""
         rows = torch.tensor([lane.row], device=self.device)
-        self.arena.prime(memory[None].to(self.model.embed.weight), torch.tensor([memory.shape[0]], device=self.device), rows)
+        self.arena.prime(memory[None].to(self.device, self.model.dtype), torch.tensor([memory.shape[0]], device=self.device), rows)
 
     # Feeding.
 

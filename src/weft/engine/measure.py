@@ -71,7 +71,7 @@ def measure(open_engine: Callable[[int], Engine], prompt: int, new: int, progres
                 warm.append(_run(engine, 1, prompt, 2, seed=1 + 10 * rows + repeat)[0])
         decode[rows] = median(rates)
     spec, first = engine.model.spec, median(cold)
-    read = bytes_read(engine.model) + spec.state_bytes(prompt + new // 2, engine.model.state_dtype.itemsize)
+    read = bytes_read(engine.model) + engine.state_bytes(prompt + new // 2)
     work = spec.flops(prompt) - 2 * (prompt - 1) * spec.dim * spec.vocab  # the head reads the last token alone
     return Speed(
         prompt_tokens=prompt,

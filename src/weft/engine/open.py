@@ -2,8 +2,9 @@
 
 import gc
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +23,26 @@ SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 DRAFT_SHARE = 4
 
 
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in memory, with all that an engine needs; what memory is left is known once every model of a process is one.
+
+    draft  None, "ngram", or the model that drafts for it.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    draft: Model | Literal["ngram"] | None = None
+
+    def engine(self, rows: int = 16, memory: int | None = None) -> Engine:
+        """`memory` bytes are for decode state, as Engine takes them; a draft model has a quarter of them."""
+        if self.draft is None or isinstance(self.draft, str):
+            return Engine(self.model, self.tokenizer, rows=rows, memory=memory, draft=NgramDrafter() if self.draft else None)
+        memory = default_memory(self.model.device) if memory is None else memory
+        drafter = ModelDrafter(self.draft, rows=rows, memory=memory // DRAFT_SHARE)
+        return Engine(self.model, self.tokenizer, rows=rows, memory=memory - memory // DRAFT_SHARE, draft=drafter)
+
+
 def open_engine(
     source: str | Path,
     device: str = "auto",
@@ -33,14 +54,26 @@ def open_engine(
     fast: bool = False,
     int8_state: bool = False,
 ) -> Engine:
-    """An engine for a pulled model's name, a model folder or a GGUF file, with its own tokenizer.
+    """An engine for a pulled model's name, a model folder or a GGUF file: `open_model`, then `OpenModel.engine`."""
+    return open_model(source, device, dtype, chat, draft, fast, int8_state).engine(rows, memory)
+
+
+def open_model(
+    source: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat: bool = False,
+    draft: str = "none",
+    fast: bool = False,
+    int8_state: bool = False,
+) -> OpenModel:
+    """A pulled model's name, a model folder or a GGUF file, with its own tokenizer.
 
     device, dtype  as `--device` and `--dtype` take them.
-    memory         bytes for decode state, as Engine takes it; a draft model has a quarter of them.
+    chat           refuse, before any weights are read, a model without a chat template.
     draft          none, ngram, or a smaller model of the same tokenizer, named as `source` is.
     fast           as `--fast`: a quantised model reads prompts with coarser products; what a token gets then depends on its chunk.
     int8_state     keep keys and values in 8 bits.
-    chat           refuse, before any weights are read, a model without a chat template.
     Raises UserError where the model cannot be had or used.
     """
     checkpoint = open_checkpoint(source)
@@ -52,22 +85,23 @@ def open_engine(
         )
     model = open_weights(checkpoint, device, dtype)
     model.fast, model.int8_state = fast, int8_state
+    drafting: Model | Literal["ngram"] | None = None
+    if draft == "ngram":
+        drafting = "ngram"
+    elif draft != "none":
+        drafting = _open_draft(draft, tokenizer, device, dtype)
     gc.collect()
     gc.freeze()  # the model's ten thousand objects stay: looking through them again and again took a fiftieth of a token's time
-    if draft in ("none", "ngram"):
-        return Engine(model, tokenizer, rows=rows, memory=memory, draft=NgramDrafter() if draft == "ngram" else None)
-    memory = default_memory(model.device) if memory is None else memory
-    drafter = _model_drafter(draft, tokenizer, device, dtype, rows, memory // DRAFT_SHARE)
-    return Engine(model, tokenizer, rows=rows, memory=memory - memory // DRAFT_SHARE, draft=drafter)
+    return OpenModel(model, tokenizer, drafting)
 
 
-def _model_drafter(source: str, tokenizer: Tokenizer, device: str, dtype: str, rows: int, memory: int) -> ModelDrafter:
+def _open_draft(source: str, tokenizer: Tokenizer, device: str, dtype: str) -> Model:
     checkpoint = open_checkpoint(source)
     other = load_tokenizer(checkpoint.path)
     places = range(0, max(tokenizer.vocab_size, other.vocab_size), 97)
     if tokenizer.vocab_size != other.vocab_size or any(tokenizer.token(place) != other.token(place) for place in places):
         raise UserError(f"{source} cannot draft for this model, as its tokenizer is another one; take a draft model of the same family.")
-    return ModelDrafter(open_weights(checkpoint, device, dtype), rows=rows, memory=memory)
+    return open_weights(checkpoint, device, dtype)
 
 
 def open_weights(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto") -> Model:

@@ -27,10 +27,11 @@ class Hit:
 class PrefixCache:
     """Blocks of `page` tokens under a hash of their tokens and all before them.
 
-    The chain of hashes is h_i = BLAKE2b(h_{i-1}, tokens of block i), and h_{-1} that of `mode`, which names the model's numbers: two
-    models, or one in two dtypes, never share. A full page is put here as soon as it is full, and stays the arena's: it is shared by
-    reference, and taken back, the least recently used first, when pages run out. FIXED and RING leaves cannot be shared by pages;
-    of them there are snapshots at ends of blocks, at most `snapshot_bytes` of them, and a prefix ends where there is one.
+    The chain of hashes is h_i = BLAKE2b(h_{i-1}, tokens of block i), and h_{-1} that of `mode`, which says in what numbers state is kept.
+    A cache is one arena's, so one model's; whoever changes its weights clears it. A full page is put here as soon as it is full, and
+    stays the arena's: it is shared by reference, and taken back, the least recently used first, when pages run out. FIXED and RING
+    leaves cannot be shared by pages; of them there are snapshots at ends of blocks, at most `snapshot_bytes` of them, and a prefix ends
+    where there is one.
 
     Nothing is cached for a model that attends to a memory: equal tokens do not mean equal state there.
     """

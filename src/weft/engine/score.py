@@ -10,9 +10,9 @@ from torch import Tensor
 from weft.engine.sampler import wide
 from weft.errors import UserError
 from weft.nn import Arena, Model
+from weft.nn.pages import PAGE
 
 HEAD_TOKENS = 64
-PAGE = 64
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def score(
 def _score_batch(model: Model, texts: Sequence[Sequence[int]], chunk: int, memory: Sequence[Tensor] | None) -> list[Score]:
     longest = max(map(len, texts))
     chunk = min(chunk, longest)
-    device = model.embed.weight.device
+    device = model.device
     # Pages, as in the engine, so that the kernels that score are those that generate.
     arena = Arena(model, len(texts), longest, chunk, page=PAGE)
     arena.reserve({row: len(text) for row, text in enumerate(texts)}, dict.fromkeys(range(len(texts)), 0))
     if memory is not None:
-        entries = torch.nn.utils.rnn.pad_sequence(list(memory), batch_first=True).to(model.embed.weight)
+        entries = torch.nn.utils.rnn.pad_sequence(list(memory), batch_first=True).to(device, model.dtype)
         arena.prime(entries, torch.tensor([len(each) for each in memory], device=device))
     elif any(leaf.kind == "static" for leaf in arena.leaves.values()):
         raise UserError("this model attends to a memory, and none was given; pass memories, one [S, M] a text.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from weft.errors import UserError
 from weft.nn.model import Model, Pending
-from weft.nn.pages import RESERVED, PageTable
+from weft.nn.pages import BLANK, RESERVED, PageTable
 from weft.nn.state_codes import SCALE_BYTES
 from weft.nn.step import Keep, Step
 from weft.nn.views import Dense, Paged, Ring
@@ -52,19 +52,18 @@ class Arena(nn.Module):
         max_pages: int | None = None,
     ) -> None:
         super().__init__()
-        weight = model.embed.weight
         self.rows, self.max_len, self.max_chunk = rows, max_len, max_chunk
         self.dtype = dtype or model.state_dtype
         self._model = (model,)  # in a tuple, so that the model is not registered as a part of its own arena
         self.leaves: dict[Key, Leaf] = {key: self._coded(leaf) for key, leaf in _leaves(model)}
         self.page = page
-        self.register_buffer("lens", torch.zeros(rows, dtype=torch.long, device=weight.device), persistent=False)
+        self.register_buffer("lens", torch.zeros(rows, dtype=torch.long, device=model.device), persistent=False)
         if page is not None:
             columns = -(-max_len // page)
             self.num_pages = RESERVED + (rows * columns if num_pages is None else num_pages)
             self.allow_pages(max_pages or 0)
             self.pages = PageTable(self.num_pages, page, rows)
-            self.register_buffer("table", torch.zeros(rows, columns, dtype=torch.long, device=weight.device), persistent=False)
+            self.register_buffer("table", torch.zeros(rows, columns, dtype=torch.long, device=model.device), persistent=False)
         for key, leaf in self.leaves.items():
             self.register_buffer(_name(key), self._blank(leaf), persistent=False)
         self._recurrent = [
@@ -286,7 +285,7 @@ class Arena(nn.Module):
 
     def _write_table(self, row: int) -> None:
         owned = self.pages.owned[row]
-        filled = owned + [0] * (self.table.shape[1] - len(owned))
+        filled = owned + [BLANK] * (self.table.shape[1] - len(owned))
         self.table[row] = torch.tensor(filled, dtype=torch.long, device=self.table.device)
 
     # Copies of state.
@@ -405,6 +404,10 @@ class Arena(nn.Module):
             elif not self._is_paged(leaf):
                 total += leaf.num_bytes(max_len, self._dtype(leaf).itemsize)
         return total
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of one row's state after `length` tokens, as they lie here."""
+        return sum(leaf.num_bytes(length, self._dtype(leaf).itemsize) for leaf in self.leaves.values())
 
     def bytes(self) -> int:
         """Bytes of all buffers."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from weft.errors import UserError
 
 BLANK, PADDING, RESERVED = 0, 1, 2
+PAGE = 64  # tokens a page, where nobody says otherwise
 
 
 class PagesExhausted(UserError):

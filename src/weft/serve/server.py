@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weft.device import pick_device
 from weft.engine.budget import default_memory
-from weft.engine.open import open_engine
+from weft.engine.open import open_model
 from weft.errors import UserError
 from weft.serve.app import App
 from weft.serve.gate import Limits
@@ -62,7 +62,7 @@ def served_names(models: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for given in models:
         match = None if Path(given).exists() else MODEL_NAME.fullmatch(given)
-        name, source = match.groups() if match else (Path(given).name if Path(given).exists() else given, given)
+        name, source = match.groups() if match else (Path(given).resolve().name if Path(given).exists() else given, given)
         if name in names:
             raise UserError(f"two models would be served as '{name}'; give one another name: NAME={given}.")
         names[name] = source
@@ -71,23 +71,17 @@ def served_names(models: Sequence[str]) -> dict[str, str]:
 
 def open_app(models: Sequence[str], options: Options) -> App:
     """Load the models. Raises UserError where one cannot be had."""
-    metrics, workers, names = Metrics(), {}, served_names(models)
+    metrics, workers = Metrics(), {}
+    opened = {
+        name: open_model(source, options.device, options.dtype, False, options.draft, options.fast, options.int8_state)
+        for name, source in served_names(models).items()
+    }
     memory = options.memory
-    if memory is None and len(names) > 1:
+    if memory is None and len(opened) > 1:  # shared out when all weights are there
         memory = default_memory(pick_device(options.device))
-    share = None if memory is None else memory // len(names)
-    for name, source in names.items():
-        engine = open_engine(
-            source,
-            options.device,
-            options.dtype,
-            rows=options.rows,
-            memory=share,
-            draft=options.draft,
-            fast=options.fast,
-            int8_state=options.int8_state,
-        )
-        workers[name] = Worker(name, engine, options.rows, options.limits.queue, metrics.of(name))
+    share = None if memory is None else memory // len(opened)
+    for name, model in opened.items():
+        workers[name] = Worker(name, model.engine(options.rows, share), options.rows, options.limits.queue, metrics.of(name))
     return App(workers, options.limits, metrics)
 
 

@@ -47,6 +47,7 @@ class EventStream(Response):
             answer = as_api_error(error, self._limit_s)
             if not self._started:
                 raise answer from None
+            await self._source.aclose()  # a client that does not read may hold up the next line, but not the place of others
             await send({"type": "http.response.body", "body": event(answer.body), "more_body": True})
         except OSError:
             raise Gone from None

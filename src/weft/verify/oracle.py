@@ -71,7 +71,7 @@ def _open(transformers: Any, folder: Path) -> Any:
 @torch.inference_mode()
 def _logits(model: Model, prompt: Prompt) -> Tensor:
     """Logits [T, V] of a prompt."""
-    logits: Tensor = model(torch.tensor([prompt.ids], device=model.embed.weight.device)).logits[0]
+    logits: Tensor = model(torch.tensor([prompt.ids], device=model.device)).logits[0]
     return logits
 
 

@@ -34,7 +34,7 @@ class Gap:
 
 def feed(model: Model, ids: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """Hidden states [T, D] of ids fed through decode state in pieces of these sizes, whose last one repeats."""
-    tokens = torch.tensor([ids], device=model.embed.weight.device)
+    tokens = torch.tensor([ids], device=model.device)
     arena = Arena(model, 1, len(ids), min(max(sizes), len(ids)))
     parts, at, turn = [], 0, 0
     while at < len(ids):
@@ -106,4 +106,4 @@ def incremental_equals_parallel(subject: Subject) -> Outcome:
         decoded = feed(model, prompt.ids, [prefill, 1] if prefill > 0 else [1])
         parallel = model(torch.tensor([prompt.ids], device=subject.device)).hidden[0]
         compared.append(("token by token against one parallel pass", prompt, logit_gap(model, decoded, parallel)))
-    return outcome_of(compared, limit_of(model), f"{str(model.embed.weight.dtype).removeprefix('torch.')}: ")
+    return outcome_of(compared, limit_of(model), f"{str(model.dtype).removeprefix('torch.')}: ")

@@ -42,11 +42,11 @@ class Subject:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that activations and state are in."""
-        return self.model.embed.weight.dtype
+        return self.model.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed.weight.device
+        return self.model.device
 
     @property
     def near_tie(self) -> float:

@@ -59,7 +59,7 @@ def test_arguments_that_are_no_json_are_refused():
         rendered(PLAIN, BODY | {"messages": messages})
 
 
-def test_names_under_which_models_are_served(tmp_path):
+def test_names_under_which_models_are_served(tmp_path, monkeypatch):
     (tmp_path / "a=b").mkdir()
     folder = str(tmp_path / "a=b")
     assert served_names(["smollm2-135m", "fast=smollm2-135m", folder]) == {
@@ -67,5 +67,7 @@ def test_names_under_which_models_are_served(tmp_path):
         "fast": "smollm2-135m",
         "a=b": folder,
     }
+    monkeypatch.chdir(folder)
+    assert served_names(["."]) == {"a=b": "."}
     with pytest.raises(UserError, match="served as 'x'"):
         served_names(["x", "x=y"])
