@@ -107,7 +107,7 @@ def _walk(kind: Any, path: tuple[int | str, ...]) -> tuple[list[str], list[type[
     shown, candidates = [], _models_in(kind)
     for part in path:
         branch = [c for c in candidates if part in (c.__name__, _tag(c))]
-        if branch and not any(part in c.model_fields for c in candidates):
+        if branch and (len(candidates) > 1 or not any(part in c.model_fields for c in candidates)):
             candidates = branch
             continue
         shown.append(str(part))

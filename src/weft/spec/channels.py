@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from weft.spec.activations import Activation
 from weft.spec.base import Leaf, Spec, StateSpec
-
-Activation = Literal["relu", "gelu", "gelu_tanh", "relu2", "silu"]
+from weft.spec.experts import Experts
 
 
 class MLP(Spec):
-    """Two projections around an activation (Vaswani et al. 2017, equation 2). `gelu` is exact, `relu2` the square of ReLU."""
+    """Two projections around an activation (Vaswani et al. 2017, equation 2)."""
 
     type: Literal["mlp"] = "mlp"
     hidden: PositiveInt
@@ -61,4 +61,4 @@ class RWKVChannelMix(Spec):
         return {"shift": Leaf("fixed", (dim,))}
 
 
-Channel = Annotated[MLP | Gated | RWKVChannelMix, Field(discriminator="type")]
+Channel = Annotated[MLP | Gated | Experts | RWKVChannelMix, Field(discriminator="type")]

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, mode
 from weft.errors import UserError
 from weft.spec.base import Spec, StateSpec, parse
 from weft.spec.channels import Channel
+from weft.spec.experts import Experts
 from weft.spec.mixers import CrossAttention, Mixer
 from weft.spec.norms import LayerNorm, Norm
 from weft.spec.positions import Learned, NoPosition, Position
@@ -127,12 +128,17 @@ class ModelSpec(Spec):
         """Every layer in order, repeats written out."""
         return list(_expand(self.layers))
 
-    def num_params(self, embeddings: bool = True) -> int:
-        """Trained numbers; tied weights count once. `embeddings=False` leaves out token and position tables and the head."""
+    def num_params(self, embeddings: bool = True, active: bool = False) -> int:
+        """Trained numbers; tied weights count once.
+
+        embeddings  False leaves out token and position tables and the head.
+        active      count only the experts that one token is sent to.
+        """
         total = self.norm.num_params(self.dim) if self.final_norm else 0
         for block in self.blocks():
             total += block.num_norms() * (block.norm or self.norm).num_params(self.dim)
-            total += sum(part.num_params(self.dim) for part in block.parts().values())
+            for part in block.parts().values():
+                total += part.active_params(self.dim) if active and isinstance(part, Experts) else part.num_params(self.dim)
         if embeddings:
             total += self.vocab * self.dim * (1 if self.tie_embeddings else 2) + self.head_bias * self.vocab
             total += self.position.num_params(self.dim)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from weft.errors import UserError, nearest
-from weft.spec.channels import Activation
+from weft.spec.activations import Activation
 
 # Keys that say nothing about what a forward pass computes. Anything else that a family does not read is refused unless it is null.
 _BOOKKEEPING = """
