@@ -12,7 +12,7 @@ from weft.nn.model import Model, Pending
 from weft.nn.pages import BLANK, RESERVED, PageTable
 from weft.nn.state_codes import SCALE_BYTES
 from weft.nn.step import Keep, Step
-from weft.nn.views import Dense, Paged, Ring
+from weft.nn.views import Dense, Paged, Ring, View
 from weft.spec import Leaf
 
 Key = tuple[int, str, str]
@@ -85,8 +85,7 @@ class Arena(nn.Module):
             return (self.num_pages, self.page, *leaf.shape)
         capacity = self.max_len
         if leaf.kind == "ring":
-            assert leaf.window is not None
-            capacity = min(leaf.window - 1 + self.max_chunk, self.max_len)
+            capacity = leaf.slots(self.max_len, self.max_chunk)
         return (self.rows, *leaf.shape[:-1], capacity + 1, *leaf.shape[-1:])  # one slot more collects padding
 
     def _is_paged(self, leaf: Leaf) -> bool:
@@ -122,8 +121,10 @@ class Arena(nn.Module):
                 self._by_row.append((key, buffer))
                 continue
             axis, decoded = max(1, len(leaf.shape)), self._model[0].dtype if self._is_coded(leaf) else None
-            slots = Ring if leaf.kind == "ring" else Dense
-            view = Paged(buffer, decoded) if self._is_paged(leaf) else slots(buffer, axis, decoded)
+            if self._is_paged(leaf):
+                view: View = Paged(buffer, decoded)
+            else:
+                view = Ring(buffer, axis, decoded, leaf.pinned) if leaf.kind == "ring" else Dense(buffer, axis, decoded)
             self._views[key[0]][key[1]][key[2]] = view
 
     def views(self, rows: Rows = None) -> list[dict[str, Any]]:
@@ -399,8 +400,7 @@ class Arena(nn.Module):
         total = 0
         for leaf in self.leaves.values():
             if leaf.kind == "ring":
-                assert leaf.window is not None
-                total += leaf.num_bytes(1, self._dtype(leaf).itemsize) * (min(leaf.window - 1 + self.max_chunk, max_len) + 1)
+                total += leaf.num_bytes(1, self._dtype(leaf).itemsize) * (leaf.slots(max_len, self.max_chunk) + 1)
             elif not self._is_paged(leaf):
                 total += leaf.num_bytes(max_len, self._dtype(leaf).itemsize)
         return total

@@ -2,7 +2,8 @@
 
 Shapes: B batch, T queries, K keys, H heads, G key-value heads, D channels a head. Queries [B, T, H, D], keys and values [B, K, G, D],
 masks bool [B, T, K] (True may look). Query head h reads key-value head h // (H / G). A query with no key to look at gives zeros. Values
-may have another width than keys; outputs have theirs.
+may have another width than keys; outputs have theirs. A `sink` [H] is one more logit a head beside the scores, which belongs to no value:
+weights then sum to less than 1 (gpt-oss, OpenAI 2025).
 """
 
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+def attend_naive(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None, sink: Tensor | None = None
+) -> Tensor:
     """The definition, head by head; the twin that the fast forms are tested against. Returns [B, T, H, D]."""
     group = q.shape[2] // k.shape[2]
     outputs = []
@@ -18,13 +21,23 @@ def attend_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, so
         scores = q[:, :, head] @ k[:, :, head // group].transpose(1, 2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if sink is not None:
+            scores = torch.cat([scores, sink[head].to(scores.dtype).expand(*scores.shape[:2], 1)], -1)
+        weights = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[1]]
         outputs.append(weights @ v[:, :, head // group])
     return torch.stack(outputs, 2)
 
 
 def attend_grouped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Two batched products a key-value head, its queries side by side: no repeated keys, and the same kernel for every T.
 
@@ -40,7 +53,12 @@ def attend_grouped(
         scores = softcap * torch.tanh(scores / softcap)
     # The lowest finite number, not -inf: a row without any key must stay finite; such a row is then zeroed.
     scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1) * mask.any(-1)[:, None, None, :, None]
+    if sink is None:
+        weights = scores.softmax(-1)
+    else:
+        extra = sink.to(scores.dtype).view(groups, share, 1, 1).expand(batch, -1, -1, length, 1)
+        weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+    weights = weights * mask.any(-1)[:, None, None, :, None]
     weights = F.dropout(weights, dropout).to(v.dtype) if dropout else weights.to(v.dtype)
     mixed = torch.matmul(weights.view(batch, groups, share * length, -1), v.transpose(1, 2))
     return mixed.view(batch, groups, share, length, -1).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)

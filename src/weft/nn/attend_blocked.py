@@ -19,13 +19,15 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)  # exp(x) as exp2(x log2 e): torch's exp on a CPU is 3 times slower, and 20 times where it underflows
 BLOCK = 128  # measured at 512 tokens: 64 is as fast but twice the code to compile, 256 a third slower
 MAX_BLOCKS = 8
+HIDDEN = -1e30  # added to the score of a key that may not be seen; finite, so that no difference of two is NaN
 MAX_LENGTH = 2048  # the weights of every block are kept for the backward pass; beyond this they would outweigh all other activations
 
 
 def attend_blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of q [B, T, H, D] over k [B, T, G, D] and v [B, T, G, E], in v's dtype; returns [B, T, H, E].
 
-    bias    [1 or B, T, T] added to the scores, from `causal_bias`: it forbids every later key, and leaves every query its own.
+    bias    [1 or B, T, T] added to the scores, 0 or HIDDEN as `causal_bias` gives them: it forbids every later key, and leaves every
+            query its own.
     window  the window that bias was made with: keys further back are skipped.
     Softmax runs in float32 (float64 stays); the gradient is written out, so that only narrow weights are kept for it.
     """
@@ -45,9 +47,7 @@ def causal_bias(positions: Tensor, window: int | None = None) -> Tensor:
     if window is not None:
         first = torch.maximum(first, index - window + 1)
     hidden = (index < first[:, :, None]) | (index > index[:, None])
-    return torch.zeros(hidden.shape, dtype=torch.float32, device=index.device).masked_fill_(
-        hidden, -1e30
-    )  # finite: no difference of two is NaN
+    return torch.zeros(hidden.shape, dtype=torch.float32, device=index.device).masked_fill_(hidden, HIDDEN)
 
 
 @causal_bias.register_fake

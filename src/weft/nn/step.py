@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from weft.spec import Pattern
+
 Keep = Literal["all", "last"]
 V = TypeVar("V")
 
@@ -71,14 +73,17 @@ class Step:
         return value
 
 
-def allowed(step: Step, key_positions: Tensor, window: int | None = None) -> Tensor:
+def allowed(step: Step, key_positions: Tensor, window: int | None = None, pattern: Pattern | None = None) -> Tensor:
     """The one mask rule of causal attention: bool [B, T, K], True where a query may look at a key.
 
     key_positions [B, K] are absolute; negative ones mark empty slots. Causal is 0 <= key <= query, a window adds
-    query - key < window. In packed training keys are this pass's own tokens, and their segment must be the query's.
+    query - key < window, a sparse pattern its own rule (`weft.spec.patterns`). In packed training keys are this pass's own tokens, and
+    their segment must be the query's.
     """
     query, key = step.positions[:, :, None], key_positions[:, None, :]
     mask = (key >= 0) & (key <= query)
     if step.segments is not None:
         mask = mask & (step.segments[:, :, None] == step.segments[:, None, :])
+    if pattern is not None:
+        mask = mask & pattern.allows(query, key)
     return mask if window is None else mask & (query - key < window)

@@ -88,22 +88,41 @@ class Dense(_Slots):
 
 
 class Ring(_Slots):
-    """Slot = position mod capacity, with capacity = window - 1 + max_chunk: room for a chunk that may yet be rejected."""
+    """The first `pinned` slots hold the first positions for ever. After them slot = position mod R, with R = window - 1 + max_chunk: room
+    for a chunk that may yet be rejected."""
+
+    def __init__(self, buffer: Tensor, token_axis: int, decoded: torch.dtype | None = None, pinned: int = 0) -> None:
+        super().__init__(buffer, token_axis, decoded)
+        self.pinned = min(pinned, self.capacity)
+        self._turns = max(1, self.capacity - self.pinned)
+        self._key += f" pinned {self.pinned}"
 
     def write(self, new: Tensor, step: Step) -> None:
-        self._store(new, step, step.positions % self.capacity)
+        self._store(new, step, self._slots(step))
 
     def read(self, step: Step) -> tuple[Tensor, Tensor]:
-        return self._load(step), step.once(("ring", self.capacity), lambda: self._newest(step))
+        return self._load(step), step.once(("ring", self.capacity, self.pinned), lambda: self._newest(step))
 
     def locate(self, step: Step) -> Entries:
-        return step.once(self._key, lambda: self._locate(step, step.positions % self.capacity, self._newest(step)))
+        return step.once(self._key, lambda: self._locate(step, self._slots(step), self._newest(step)))
+
+    def _slots(self, step: Step) -> Tensor:
+        if not self.pinned:
+            return step.positions % self.capacity
+        turning = self.pinned + (step.positions - self.pinned) % self._turns
+        return torch.where(step.positions < self.pinned, step.positions, turning)
 
     def _newest(self, step: Step) -> Tensor:
-        """The newest position congruent to each slot; negative means the slot was never written."""
+        """The newest position that each slot may hold; negative means the slot was never written."""
         last = (step.start + step.n_new - 1)[:, None]
         slots = torch.arange(self.capacity, device=last.device)
-        return F.pad(last - (last - slots) % self.capacity, (0, 1), value=-1)
+        if not self.pinned:
+            newest = last - (last - slots) % self.capacity
+        else:
+            turn = last - self.pinned - (last - slots) % self._turns  # counted from the first position that is not pinned
+            turning = torch.where(turn < 0, -1, turn + self.pinned)
+            newest = torch.where(slots < self.pinned, torch.where(slots <= last, slots, -1), turning)
+        return F.pad(newest, (0, 1), value=-1)
 
 
 class Paged:

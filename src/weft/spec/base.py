@@ -32,6 +32,7 @@ class Leaf:
             overwritten each token; "static": written once a request.
     shape   of one entry: per token for append and ring, per row for fixed and static.
     window  entries a query may look back on, itself included (ring only).
+    pinned  first entries of the text that stay for ever, before the ring (ring only).
     dtype   None takes the arena's dtype; accumulators say "float32", counts say "int64".
     fill    the value of an entry nobody has written.
     shard   the axis of `shape` that tensor parallelism divides, or None.
@@ -43,6 +44,7 @@ class Leaf:
     dtype: Literal["float32", "int64"] | None = None
     fill: float = 0.0
     shard: int | None = None
+    pinned: int = 0
 
     def entries(self, length: int) -> int:
         """Entries held for a sequence of `length` tokens (a ring without room for rejected drafts)."""
@@ -50,8 +52,13 @@ class Leaf:
             return length
         if self.kind == "ring":
             assert self.window is not None
-            return min(length, self.window)
+            return min(length, self.pinned + self.window)
         return 1
+
+    def slots(self, length: int, max_chunk: int) -> int:
+        """Slots of a ring for texts of up to `length` tokens, with room for a chunk that may yet be rejected."""
+        assert self.window is not None
+        return min(self.pinned + self.window - 1 + max_chunk, length)
 
     def num_bytes(self, length: int, itemsize: int) -> int:
         """Bytes held for `length` tokens when the arena's dtype has `itemsize` bytes."""

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from weft.spec.base import Leaf, Spec, StateSpec
 from weft.spec.norms import Norm
+from weft.spec.patterns import Band, Pattern
 from weft.spec.positions import Rope
 
 
@@ -43,49 +44,68 @@ class _Heads(Spec):
 class Attention(_Heads):
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1): MHA, MQA and GQA by `kv_heads`.
 
-    window    a query sees the last `window` keys, its own included (Mistral); None sees all.
-    causal    False sees the whole sequence, and then there is no incremental decoding.
-    softcap   scores become softcap * tanh(scores / softcap) (Gemma 2).
-    scale     factor on the scores; None is head_dim ** -0.5.
-    qk_norm   a norm over each head's queries and keys before the rotation (Qwen 3).
+    window       a query sees the last `window` keys, its own included (Mistral); None sees all.
+    pattern      a sparse pattern in place of a window: strided, fixed, dilated or streaming.
+    causal       False sees the whole sequence, and then there is no incremental decoding.
+    softcap      scores become softcap * tanh(scores / softcap) (Gemma 2).
+    scale        factor on the scores; None is head_dim ** -0.5.
+    qk_norm      a norm over each head's queries and keys before the rotation (Qwen 3).
+    sink_logits  a learned logit a head in the softmax's denominator, so that a head may look at nothing (gpt-oss, OpenAI 2025).
     """
 
     type: Literal["attention"] = "attention"
     window: PositiveInt | None = None
+    pattern: Pattern | None = None
     causal: bool = True
     rope: Rope | None = None
     qk_norm: Norm | None = None
     softcap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
+    sink_logits: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "Attention":
-        if self.window is not None and not self.causal:
-            raise ValueError("window is given with causal: false; a window needs causal attention: drop one of the two.")
+        for name, given in (("window", self.window), ("pattern", self.pattern)):
+            if given is not None and not self.causal:
+                raise ValueError(f"{name} is given with causal: false; a {name} needs causal attention: drop one of the two.")
+        if self.window is not None and self.pattern is not None:
+            raise ValueError(
+                f"window and a {self.pattern.type} pattern are both given; a layer has one of them: the patterns that need a window hold it."
+            )
         if self.rope is not None and self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one.")
         return self
 
+    @property
+    def band(self) -> Band | None:
+        """What a query sees, where that is a window, with or without gaps and pinned positions."""
+        if self.window is not None:
+            return Band(self.window)
+        return self.pattern.band if self.pattern is not None else None
+
     def num_params(self, dim: int) -> int:
         query, key = self.heads * self.width(dim), self.num_kv_heads * self.width(dim)
         norms = 2 * self.qk_norm.num_params(self.width(dim)) if self.qk_norm else 0
-        biases = self.qkv_bias * (query + 2 * key) + self.out_bias * dim
+        biases = self.qkv_bias * (query + 2 * key) + self.out_bias * dim + self.sink_logits * self.heads
         return dim * (query + 2 * key) + query * dim + biases + norms
 
     def flops(self, dim: int, length: int) -> int:
         query, key = self.heads * self.width(dim), self.num_kv_heads * self.width(dim)
-        window = min(self.window or length, length)
-        if self.causal:  # query i sees min(i + 1, window) keys
-            pairs = window * (window + 1) // 2 + (length - window) * window
+        rule = self.band or self.pattern
+        if rule is not None:
+            pairs = rule.pairs(length)
         else:
-            pairs = length * length
+            pairs = length * (length + 1) // 2 if self.causal else length * length
         return 2 * length * dim * (2 * query + 2 * key) + 4 * pairs * query
 
     def state(self, dim: int) -> StateSpec | None:
         if not self.causal:
             return None
-        shape = (self.num_kv_heads, self.width(dim))
-        leaf = Leaf("append", shape, shard=0) if self.window is None else Leaf("ring", shape, self.window, shard=0)
+        shape, rule = (self.num_kv_heads, self.width(dim)), self.band or self.pattern
+        if rule is None or rule.reach is None:
+            leaf = Leaf("append", shape, shard=0)
+        else:
+            leaf = Leaf("ring", shape, rule.reach, pinned=rule.pinned, shard=0)
         return {"k": leaf, "v": leaf}
 
 
