@@ -222,4 +222,6 @@ class Mamba(Spec):
         }
 
 
-Mixer = Annotated[Attention | CrossAttention | LSTM | GRU | Mamba, Field(discriminator="type")]
+from weft.spec.entmax import EntmaxAttention as EntmaxAttention  # noqa: E402  (it is made of what stands above)
+
+Mixer = Annotated[Attention | CrossAttention | EntmaxAttention | LSTM | GRU | Mamba, Field(discriminator="type")]
