@@ -14,7 +14,7 @@ BLOCK = 64
 
 def penalise_repeats(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     """Divide positive logits of `seen` [B, V] tokens by the penalty and multiply negative ones (Keskar et al. 2019, equation 2)."""
-    factor = penalty[:, None]
+    factor = penalty.clamp(1e-9, 1e9)[:, None]  # beyond these nothing is left to change, and numbers would become infinite
     return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
 
 

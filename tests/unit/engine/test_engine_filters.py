@@ -111,6 +111,16 @@ def test_no_temperature_overflows():
 # transformers as the oracle: the whole pipeline
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-30, 1e30, 1e308])
+def test_no_penalty_makes_what_is_no_number(penalty):
+    logits = rows()
+    logits[:, 3] = 0.0
+    histories = [History((1, 2, 3, 7, 11), ()) for _ in logits]
+    sampler = Sampler([SamplingParams(temperature=1.0, repetition_penalty=penalty)] * len(logits), histories, logits)
+    assert sampler.distribution(logits).isfinite().all()
+    assert (sampler.sample(logits, [0.999] * len(logits)) < VOCAB).all()
+
+
 def test_distributions_equal_those_of_transformers():
     lp = pytest.importorskip("transformers.generation.logits_process")
     params = [
