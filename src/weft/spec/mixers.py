@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from weft.spec.base import Leaf, Spec, StateSpec
+from weft.spec.latent import LatentAttention
 from weft.spec.norms import Norm
 from weft.spec.patterns import Band, Pattern
 from weft.spec.positions import Rope
@@ -70,7 +71,7 @@ class Attention(_Heads):
                 raise ValueError(f"{name} is given with causal: false; a {name} needs causal attention: drop one of the two.")
         if self.window is not None and self.pattern is not None:
             raise ValueError(
-                f"window and a {self.pattern.type} pattern are both given; a layer has one of them: the patterns that need a window hold it."
+                f"window and a {self.pattern.type} pattern are both given; a layer has one of them: a pattern that needs a window holds it."
             )
         if self.rope is not None and self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one.")
@@ -224,4 +225,4 @@ class Mamba(Spec):
 
 from weft.spec.entmax import EntmaxAttention as EntmaxAttention  # noqa: E402  (it is made of what stands above)
 
-Mixer = Annotated[Attention | CrossAttention | EntmaxAttention | LSTM | GRU | Mamba, Field(discriminator="type")]
+Mixer = Annotated[Attention | CrossAttention | EntmaxAttention | LatentAttention | LSTM | GRU | Mamba, Field(discriminator="type")]
