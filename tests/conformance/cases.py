@@ -41,6 +41,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "entmax_learned": {"type": "entmax_attention", "heads": 4, "kv_heads": 2, "learn_alpha": True, "window": 6, "rope": {}},
     "entmax_sparse": {"type": "entmax_attention", "heads": 4, "alpha": 2.0, "pattern": {"type": "strided", "stride": 5}},
     "cross": {"type": "cross_attention", "heads": 4, "kv_heads": 2, "memory_length": MEMORY, "memory_dim": 10},
+    "mla": {"type": "latent_attention", "heads": 4, "kv_rank": 9, "nope_head_dim": 5, "rope_head_dim": 4, "v_head_dim": 3},
+    "mla_queries": {"type": "latent_attention", "heads": 3, "kv_rank": 6, "q_rank": 7, "nope_head_dim": 4, "rope_head_dim": 2},
     "lstm": {"type": "lstm"},
     "lstm_wide": {"type": "lstm", "hidden": 20},
     "gru": {"type": "gru"},
@@ -67,6 +69,7 @@ layers:
         channel: {type: gated, hidden: 24}
       - mixer: {type: attention, heads: 4, kv_heads: 1, window: 6, rope: {base: 10000}}
         channel: {type: rwkv_channel_mix, hidden: 24}
+      - mixer: {type: latent_attention, heads: 4, kv_rank: 8, q_rank: 6, nope_head_dim: 4, rope_head_dim: 4}
       - mixer: {type: mamba, state_dim: 4}
       - mixer: {type: lstm}
         channel: {type: mlp, hidden: 24}

@@ -120,7 +120,7 @@ class ModelSpec(Spec):
             for part in block.parts().values():
                 part.num_params(self.dim)  # raises where the part does not fit this width
                 rope = getattr(part, "rope", None)
-                if rope is not None and part.width(self.dim) % 2:
+                if rope is not None and hasattr(part, "width") and part.width(self.dim) % 2:
                     raise ValueError(f"head_dim is {part.width(self.dim)}; rotary positions need an even one.")
         return self
 

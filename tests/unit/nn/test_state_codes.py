@@ -9,8 +9,10 @@ from weft.nn.state_codes import decode, encode
 from weft.spec import model_spec
 
 ATTENTION = {"type": "attention", "heads": 4, "kv_heads": 2, "rope": {}}
+LATENT = {"type": "latent_attention", "heads": 4, "kv_rank": 9, "nope_head_dim": 5, "rope_head_dim": 4}
 LAYERS = {
     "llama": [{"repeat": 2, "mixer": ATTENTION, "channel": {"type": "gated", "hidden": 24}}],
+    "latent": [{"repeat": 2, "mixer": LATENT, "channel": {"type": "gated", "hidden": 24}}],
     "ring": [{"repeat": 2, "mixer": {**ATTENTION, "window": 6}}],
     "hybrid": [{"mixer": ATTENTION}, {"mixer": {"type": "lstm"}}, {"mixer": {"type": "mamba", "state_dim": 4}}],
 }
