@@ -13,6 +13,7 @@ from weft.nn.block import Block, build_block
 from weft.nn.fill import fill_normal
 from weft.nn.linear import affine, pack_structure
 from weft.nn.mixer import Site
+from weft.nn.mtp import MTPModule
 from weft.nn.norm import build_norm
 from weft.nn.packed import PackedWeight
 from weft.nn.position import build_position
@@ -29,7 +30,9 @@ class Output:
     hidden   [B, T, D] after the final norm: what the head reads.
     logits   [B, T, vocab], computed when first asked for, so that a loss may take them in chunks through `model.logits`.
     pending  per layer and part, the FIXED state that `Arena.commit` will make current.
-    aux      "layer.part.name" -> tensor, what layers hand to objectives and metrics.
+    aux      "layer.part.name" -> tensor, what layers hand to objectives and metrics. Where a pass was asked to look ahead, "mtp.k"
+             [B, T, D] holds the hidden states that foretell what comes k tokens after the next one, and "mtp.k.part.name" what their layer
+             hands on.
     """
 
     def __init__(self, model: "Model", hidden: Tensor, pending: Pending, aux: dict[str, Tensor]) -> None:
@@ -67,6 +70,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(build_block(block, site) for block in blocks)
         self.norm = build_norm(spec.norm, spec.dim) if spec.final_norm else None
         self.head = Head(spec)
+        self.mtp = nn.ModuleList(MTPModule(spec, site) for _ in range(spec.mtp.depth if spec.mtp else 0))
         self.gradient_checkpointing = False
         self.fast = self.int8_state = False
         self._stretches: dict[int, Stretch] | None = None
@@ -84,12 +88,14 @@ class Model(nn.Module):
         step: Step | None = None,
         views: Sequence[dict[str, Any]] | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
+        ahead: bool = False,
     ) -> Output:
         """Run tokens [B, T] int64 through every layer.
 
         step    None treats each row as one document from position 0, no padding.
         views   an arena's views for incremental work; None is the parallel training pass.
         memory  (entries [B, S, M], lengths [B]) for cross-attention where no arena was primed.
+        ahead   in a parallel pass, run the modules for multi-token prediction too; their hidden states come in `aux`.
         """
         step = Step.parallel(tokens) if step is None else step
         if memory is not None:
@@ -113,7 +119,25 @@ class Model(nn.Module):
             pending.append({name: side.pending for name, side in sides.items()})
             for name, side in sides.items():
                 aux.update({f"{i}.{name}.{key}": value for key, value in side.aux.items()})
-        return Output(self, x if self.norm is None else self.norm(x), pending, aux)
+        hidden = x if self.norm is None else self.norm(x)
+        if ahead:
+            aux |= self._look_ahead(hidden, tokens, step)
+        return Output(self, hidden, pending, aux)
+
+    def _look_ahead(self, hidden: Tensor, tokens: Tensor, step: Step) -> dict[str, Tensor]:
+        """What the modules for multi-token prediction make of a parallel pass. The last tokens of a row, and of a document in it, have no
+        token k places on: what stands there means nothing, and no earlier token sees it."""
+        aux: dict[str, Tensor] = {}
+        for k, module in enumerate(self.mtp, 1):
+            further = self.enter(tokens.roll(-k, 1), step) if module.eh_proj is not None else None
+            source = hidden if module.eh_proj is None or k == 1 else aux[f"mtp.{k - 1}"]
+            if self.gradient_checkpointing and self.training:
+                aux[f"mtp.{k}"], sides = checkpoint(module, source, further, step, use_reentrant=False)
+            else:
+                aux[f"mtp.{k}"], sides = module(source, further, step)
+            for name, side in sides.items():
+                aux.update({f"mtp.{k}.{name}.{key}": value for key, value in side.aux.items()})
+        return aux
 
     def _in_one_call(self, x: Tensor, views: Sequence[dict[str, Any]] | None) -> dict[int, Stretch]:
         """By their first layer, the stretches of layers that one kernel call computes in this pass."""

@@ -13,6 +13,7 @@ from weft.spec.base import Spec, StateSpec, parse
 from weft.spec.channels import Channel
 from weft.spec.experts import Experts
 from weft.spec.mixers import CrossAttention, Mixer
+from weft.spec.mtp import MTP
 from weft.spec.norms import LayerNorm, Norm
 from weft.spec.positions import Learned, NoPosition, Position
 from weft.spec.quant import Quant
@@ -93,6 +94,7 @@ class ModelSpec(Spec):
     logit_softcap     logits become softcap * tanh(logits / softcap) (Gemma 2).
     init_std          standard deviation of initial weights; those that write into the residual stream have it over sqrt(2 layers).
     quant             how matrices are stored in fewer bits.
+    mtp               modules for multi-token prediction. Counts and costs leave them out unless asked: they serve training and drafts.
     """
 
     vocab: PositiveInt
@@ -109,6 +111,7 @@ class ModelSpec(Spec):
     dropout: Dropout = Dropout()
     init_std: PositiveFloat = 0.02
     quant: Quant | None = None
+    mtp: MTP | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSpec":
@@ -148,6 +151,27 @@ class ModelSpec(Spec):
         """Floating-point operations of one forward pass over one sequence of `length` tokens; training costs three times this."""
         layers: int = sum(part.flops(self.dim, length) for block in self.blocks() for part in block.parts().values())
         return layers + 2 * length * self.dim * self.vocab
+
+    def mtp_params(self) -> int:
+        """Trained numbers of the modules for multi-token prediction, which `num_params` leaves out as published counts do."""
+        if self.mtp is None:
+            return 0
+        norm, block = self.norm.num_params(self.dim), self.blocks()[-1]
+        each: int = block.num_norms() * (block.norm or self.norm).num_params(self.dim) + self.final_norm * norm
+        each += sum(part.num_params(self.dim) for part in block.parts().values())
+        return self.mtp.depth * each + self.mtp.num_params(self.dim, norm)
+
+    def mtp_flops(self, length: int) -> int:
+        """What multi-token prediction adds to `flops`, the head's part included."""
+        if self.mtp is None:
+            return 0
+        block: int = sum(part.flops(self.dim, length) for part in self.blocks()[-1].parts().values())
+        return self.mtp.depth * (block + 2 * length * self.dim * self.vocab) + self.mtp.flops(self.dim, length)
+
+    def mtp_state_bytes(self, length: int, itemsize: int = 2) -> int:
+        """Bytes of decode state that drafting by multi-token prediction needs for a row of `length` tokens, beside `state_bytes`."""
+        leaves = [] if self.mtp is None else [leaf for part in (self.blocks()[-1].state(self.dim) or {}).values() for leaf in part.values()]
+        return sum(leaf.num_bytes(length, itemsize) for leaf in leaves) * (self.mtp.depth if self.mtp else 0)
 
     def state(self) -> list[dict[str, StateSpec]] | None:
         """Decode state a layer and part, or None where some mixer is not incremental."""
