@@ -9,6 +9,7 @@ from torch import Tensor
 from weft.data.packing import PackedBatch
 from weft.nn import Step
 from weft.objectives.cross_entropy import Smoothing, head_of, linear_cross_entropy
+from weft.objectives.mtp import WEIGHT, mtp_counts, mtp_terms
 from weft.objectives.settings import NextTokenSettings
 from weft.train.objective import POLICY, Models, Role, Term
 
@@ -17,12 +18,15 @@ class NextToken:
     """L1(U) = -sum log P(u_i | u_<i) over the scored tokens (Radford et al. 2018, equation 1), as a mean over their global count.
 
     Term `next_token`. Metrics: `bits_per_byte` where bytes are known, and, where the loss is smoothed, the plain `nll` in nats a token.
+    For a model with modules for multi-token prediction, `depth` of them, terms `mtp_1` … beside it (`weft.objectives.mtp`).
     """
 
     roles: Mapping[str, Role] = {POLICY: Role(trained=True)}
 
-    def __init__(self, settings: NextTokenSettings | None = None, chunk: int | None = None) -> None:
+    def __init__(self, settings: NextTokenSettings | None = None, chunk: int | None = None, depth: int = 0) -> None:
         settings = settings or NextTokenSettings()
+        self.mtp_weight = WEIGHT if settings.mtp is None else settings.mtp
+        self.depth = depth if self.mtp_weight else 0
         self.smoothing, self.chunk = Smoothing(settings.label_smoothing, settings.z_loss), chunk
 
     def rollout(self, engine: Any, batch: PackedBatch) -> PackedBatch:
@@ -32,19 +36,20 @@ class NextToken:
         return (batch,)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        return {"next_token": batch.num_targets}
+        return {"next_token": batch.num_targets, **mtp_counts(batch, self.depth)}
 
     def loss(self, models: Models, batch: PackedBatch) -> tuple[dict[str, Term], dict[str, Term]]:
         model = models[POLICY]
-        hidden = model(batch.tokens, step_of(batch)).hidden
+        output = model(batch.tokens, step_of(batch), ahead=self.depth > 0)
         mask = batch.loss_mask.flatten()
         targets = batch.targets.flatten().clamp(min=0)
-        sums = linear_cross_entropy(hidden.flatten(0, 1), head_of(model), targets, mask, self.smoothing, self.chunk)
+        sums = linear_cross_entropy(output.hidden.flatten(0, 1), head_of(model), targets, mask, self.smoothing, self.chunk)
         count = mask.sum()
         metrics = {"nll": Term(sums.nll, count)} if self.smoothing != Smoothing() else {}
         if batch.row_bytes is not None:
             metrics["bits_per_byte"] = Term(sums.nll / math.log(2), batch.row_bytes.sum())
-        return {"next_token": Term(sums.loss, count)}, metrics
+        ahead = mtp_terms(model, output, batch, self.depth, self.mtp_weight, self.smoothing)
+        return {"next_token": Term(sums.loss, count), **ahead}, metrics
 
 
 def step_of(batch: PackedBatch) -> Step:

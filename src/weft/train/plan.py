@@ -103,6 +103,11 @@ def _check(plan: Plan) -> None:
         raise UserError(
             f"batch.length is {plan.length} but the model has {spec.context} positions; lower it, or raise the model's context."
         )
+    if recipe.objective.mtp is not None and spec.mtp is None:
+        raise UserError(
+            f"objective.mtp is {recipe.objective.mtp}, but the model has no modules for multi-token prediction; give it some with "
+            "model.mtp.depth, or drop objective.mtp."
+        )
     for block in spec.blocks():
         if isinstance(block.mixer, Attention) and not block.mixer.causal:
             raise UserError("the model has attention with causal: false, which would see the token it has to predict; make it causal.")

@@ -41,8 +41,8 @@ class Report:
     @property
     def step_flops(self) -> float:
         """Of one step: three times the forward pass (one forward, two backward), for every trained model."""
-        length = self.job.batches.length
-        return 3 * self.step_tokens / length * sum(model.spec.flops(length) for model in self.job.trained.values())
+        length, specs = self.job.batches.length, [model.spec for model in self.job.trained.values()]
+        return 3 * self.step_tokens / length * sum(spec.flops(length) + spec.mtp_flops(length) for spec in specs)
 
     def begin(self, state: TrainState) -> None:
         """Measure the machine, and write a card that says what is going on."""
