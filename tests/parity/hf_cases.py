@@ -46,6 +46,22 @@ def gpt(kind: str, **changes: Any) -> Callable[[], Any]:
     return lambda: getattr(hf, f"{kind}Config")(**{**sizes, **changes})
 
 
+def gemma3(**changes: Any) -> Callable[[], Any]:
+    """Seven layers, so that the sixth sees everything; two rotations, one of them stretched."""
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    sizes = {"head_dim": 10, "query_pre_attn_scalar": 13, "sliding_window": 5, "num_hidden_layers": 7, "rope_parameters": ropes}
+    return decoder("Gemma3Text", **{**sizes, **changes})
+
+
+def gpt_neo(**changes: Any) -> Callable[[], Any]:
+    sizes = {"vocab_size": 61, "max_position_embeddings": 40, "hidden_size": 36, "num_layers": 4, "num_heads": 3, "window_size": 5}
+    ends = {"bos_token_id": None, "eos_token_id": None, "attention_types": [[["global", "local"], 2]]}
+    return lambda: hf.GPTNeoConfig(**{**sizes, **ends, **changes})
+
+
 def mamba(**changes: Any) -> Callable[[], Any]:
     sizes = {"vocab_size": 61, "hidden_size": 36, "num_hidden_layers": 3, "state_size": 5, "pad_token_id": None, "eos_token_id": None}
     return lambda: hf.MambaConfig(**{**sizes, "bos_token_id": None, **changes})
@@ -98,6 +114,33 @@ CASES = [
             final_logit_softcapping=None,
             attention_bias=True,
             layer_types=MIXED,
+        ),
+    ),
+    Case("gemma3", "gemma3", gemma3()),
+    Case(
+        "gemma3-untied-capped",
+        "gemma3",
+        gemma3(
+            num_hidden_layers=3,
+            head_dim=8,
+            num_key_value_heads=1,
+            tie_word_embeddings=False,
+            attention_bias=True,
+            final_logit_softcapping=5.0,
+            layer_types=MIXED,
+            rope_parameters=None,
+        ),
+    ),
+    Case("gpt-neo", "gpt-neo", gpt_neo()),
+    Case(
+        "gpt-neo-untied",
+        "gpt-neo",
+        gpt_neo(
+            tie_word_embeddings=False,
+            intermediate_size=53,
+            num_layers=3,
+            activation_function="relu",
+            attention_types=[[["global"], 1], [["local"], 2]],
         ),
     ),
     Case("mamba", "mamba", mamba()),

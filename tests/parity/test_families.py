@@ -76,7 +76,7 @@ def test_the_comparison_notices_a_wrong_weight(case: Case, tmp_path: Path) -> No
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             before = parameter.clone()
-            parameter.mul_(1.01).add_(0.01)
+            parameter.mul_(1.01).add_(0.02)  # not 0.01: a gain of 1 + w would merely be scaled, which a later norm undoes
             assert difference(ours(model, ids), expected) > TOLERANCE, name
             parameter.copy_(before)
     assert difference(ours(model, ids), expected) < TOLERANCE
@@ -96,3 +96,27 @@ def test_the_comparison_notices_a_wrong_rotation_or_window(case: Case, tmp_path:
     for change in changes:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         assert difference(ours(load_model(tmp_path).model, ids), expected) > TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gemma3", {"sliding_window": 6}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 51.0}}}),
+        ("gemma3", {"rope_parameters": {"full_attention": {"factor": 3.1}}}),
+        ("gpt-neo", {"window_size": 6}),
+        ("gpt-neo", {"attention_types": [[["local", "global"], 2]], "attention_layers": ["local", "global"] * 2}),
+    ],
+    ids=str,
+)
+def test_the_comparison_notices_a_wrong_kind_of_layer(name: str, change: dict, tmp_path: Path) -> None:
+    theirs, ids = oracle(next(case for case in CASES if case.name == name)), tokens()
+    theirs.save_pretrained(tmp_path)
+    expected = logits_of(theirs, ids)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in change.items():
+        if isinstance(value, dict):
+            value = {**config[key], **{kind: {**config[key][kind], **given} for kind, given in value.items()}}
+        config[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert difference(ours(load_model(tmp_path).model, ids), expected) > TOLERANCE

@@ -7,17 +7,34 @@ import pydantic
 
 from weft.errors import UserError, nearest, unknown
 from weft.spec import ModelSpec
-from weft.zoo import gemma, gpt, llama, mamba, mistral, qwen
+from weft.zoo import gemma, gemma3, gpt, gpt_neo, llama, mamba, mistral, qwen
 from weft.zoo.family import Entry, Family, explained, expresses
 from weft.zoo.native import NATIVE
 
 # In this order a spec is offered to them: the most widely understood first, ours last.
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA2, gpt.GPT2, gpt.GPT1, mamba.MAMBA, NATIVE)
+    for family in (
+        llama.LLAMA,
+        mistral.MISTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        gemma.GEMMA2,
+        gemma3.GEMMA3,
+        gpt.GPT2,
+        gpt.GPT1,
+        gpt_neo.GPT_NEO,
+        mamba.MAMBA,
+        NATIVE,
+    )
 }
 
-ENTRIES: dict[str, Entry] = {entry.name: entry for module in (gpt, llama, mistral, qwen, gemma, mamba) for entry in module.ENTRIES}
+# Kinds of checkpoint that are near to what Weft reads, and what to do with them.
+REFUSED = {"gemma3": gemma3.IMAGES}
+
+ENTRIES: dict[str, Entry] = {
+    entry.name: entry for module in (gpt, gpt_neo, llama, mistral, qwen, gemma, gemma3, mamba) for entry in module.ENTRIES
+}
 
 __all__ = ["ENTRIES", "FAMILIES", "Entry", "Family", "describe", "entry", "family_of", "from_config"]
 
@@ -40,6 +57,8 @@ def from_config(config: Mapping[str, Any]) -> tuple[Family, ModelSpec]:
     by_type = {family.model_type: family for family in FAMILIES.values()}
     family = by_type.get(str(model_type))
     if family is None:
+        if str(model_type) in REFUSED:
+            raise UserError(REFUSED[str(model_type)])
         raise unknown("model_type in config.json", str(model_type), by_type)
     try:
         return family, family.from_config(config)

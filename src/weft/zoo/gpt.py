@@ -1,14 +1,19 @@
-"""GPT-1 (Radford et al. 2018), GPT-2 (Radford et al. 2019) and GPT-3 (Brown et al. 2020), whose dense form is GPT-2 at other sizes."""
+"""GPT-1 (Radford et al. 2018), GPT-2 (Radford et al. 2019) and GPT-3 (Brown et al. 2020).
+
+GPT-3 is GPT-2 at other sizes, but that "alternating dense and locally banded sparse attention patterns" take turns in its layers (section
+2.1). Entries called gpt3-SIZE are dense throughout, as everybody rebuilds them; gpt3-SIZE-sparse alternate. How wide the bands are was
+not published: `BAND` is GPT-Neo's window at the same context.
+"""
 
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from weft.spec import MLP, Attention, Block, Dropout, LayerNorm, Learned, ModelSpec
-from weft.spec.channels import Activation
+from weft.spec.activations import Activation
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
 from weft.zoo.decoder import read_layers
-from weft.zoo.family import Entry, Family, Inexpressible, first_parts
+from weft.zoo.family import Entry, Family, Inexpressible, first_parts, fold
 from weft.zoo.rules import Drop, Rule, copy, head, transpose
 
 # OpenAI's own word: GPT-1's "gelu" is the tanh form.
@@ -146,19 +151,44 @@ def gpt1() -> ModelSpec:
     return ModelSpec(vocab=40478, dim=768, context=512, position=Learned(length=512), final_norm=False, dropout=_DROPOUT, layers=(block,))
 
 
-def gpt2(dim: int, layers: int, heads: int, context: int = 1024) -> ModelSpec:
-    mixer = Attention(heads=heads, qkv_bias=True, out_bias=True)
-    block = Block(repeat=layers, mixer=mixer, channel=MLP(hidden=4 * dim))
-    return ModelSpec(vocab=50257, dim=dim, context=context, position=Learned(length=context), dropout=_DROPOUT, layers=(block,))
+def gpt2(dim: int, layers: int, heads: int, context: int = 1024, band: int | None = None) -> ModelSpec:
+    """GPT-2 of this size; with a `band` every second layer, the first being dense, sees that many tokens only (GPT-3)."""
+    dense = Block(mixer=Attention(heads=heads, qkv_bias=True, out_bias=True), channel=MLP(hidden=4 * dim))
+    banded = Block(mixer=Attention(heads=heads, qkv_bias=True, out_bias=True, window=band), channel=MLP(hidden=4 * dim))
+    blocks = fold([banded if i % 2 else dense for i in range(layers)])
+    return ModelSpec(vocab=50257, dim=dim, context=context, position=Learned(length=context), dropout=_DROPOUT, layers=blocks)
 
 
+BAND = 256
 _DROPOUT = Dropout(embed=0.1, attention=0.1, residual=0.1)
 _README = "parameter counts as corrected in the README of OpenAI's gpt-2 repository"
 _TABLE = "Brown et al. 2020, table 2.1"
 
 
-def _gpt3(name: str, dim: int, layers: int, heads: int, published: int, misprint: str | None = None) -> Entry:
-    return Entry(f"gpt3-{name}", "gpt2", partial(gpt2, dim, layers, heads, 2048), published, _TABLE, misprint=misprint)
+_GPT3 = {
+    "small": (768, 12, 12, 125_000_000),
+    "medium": (1024, 24, 16, 350_000_000),
+    "large": (1536, 24, 16, 760_000_000),
+    "xl": (2048, 24, 16, 1_300_000_000),
+    "2.7b": (2560, 32, 32, 2_700_000_000),
+    "6.7b": (4096, 32, 32, 6_700_000_000),
+    "13b": (5120, 40, 40, 13_000_000_000),
+    "175b": (12288, 96, 96, 175_000_000_000),
+}
+_MISPRINTS = {
+    "xl": "the table prints 24 heads of 128, which is 3072 and not d_model 2048; 16 heads of 128 fit",
+    "13b": "the table prints d_model 5140, but 40 heads of 128 are 5120",
+}
+
+
+def _gpt3(band: int | None) -> tuple[Entry, ...]:
+    family, suffix = ("gpt2", "") if band is None else ("weft", "-sparse")
+    return tuple(
+        Entry(
+            f"gpt3-{name}{suffix}", family, partial(gpt2, dim, layers, heads, 2048, band), published, _TABLE, misprint=_MISPRINTS.get(name)
+        )
+        for name, (dim, layers, heads, published) in _GPT3.items()
+    )
 
 
 ENTRIES = (
@@ -167,12 +197,6 @@ ENTRIES = (
     Entry("gpt2-medium", "gpt2", partial(gpt2, 1024, 24, 16), 355_000_000, _README, "openai-community/gpt2-medium"),
     Entry("gpt2-large", "gpt2", partial(gpt2, 1280, 36, 20), 774_000_000, _README, "openai-community/gpt2-large"),
     Entry("gpt2-xl", "gpt2", partial(gpt2, 1600, 48, 25), 1_558_000_000, _README, "openai-community/gpt2-xl"),
-    _gpt3("small", 768, 12, 12, 125_000_000),
-    _gpt3("medium", 1024, 24, 16, 350_000_000),
-    _gpt3("large", 1536, 24, 16, 760_000_000),
-    _gpt3("xl", 2048, 24, 16, 1_300_000_000, "the table prints 24 heads of 128, which is 3072 and not d_model 2048; 16 heads of 128 fit"),
-    _gpt3("2.7b", 2560, 32, 32, 2_700_000_000),
-    _gpt3("6.7b", 4096, 32, 32, 6_700_000_000),
-    _gpt3("13b", 5120, 40, 40, 13_000_000_000, "the table prints d_model 5140, but 40 heads of 128 are 5120"),
-    _gpt3("175b", 12288, 96, 96, 175_000_000_000),
+    *_gpt3(None),
+    *_gpt3(BAND),
 )

@@ -92,6 +92,67 @@ GEMMA2 = {
     "use_cache": True,
     "vocab_size": 256000,
 }
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+GPT_NEO = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPTNeoForCausalLM"],
+    "attention_dropout": 0,
+    "attention_layers": ["global", "local"] * 6,
+    "attention_types": [[["global", "local"], 6]],
+    "bos_token_id": 50256,
+    "embed_dropout": 0,
+    "eos_token_id": 50256,
+    "gradient_checkpointing": False,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": None,
+    "layer_norm_epsilon": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neo",
+    "num_heads": 12,
+    "num_layers": 12,
+    "resid_dropout": 0,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "transformers_version": "4.9.0.dev0",
+    "use_cache": True,
+    "vocab_size": 50257,
+    "window_size": 256,
+}
 GPT2 = {
     "activation_function": "gelu_new",
     "architectures": ["GPT2LMHeadModel"],
@@ -168,7 +229,15 @@ def mixer_of(spec: ModelSpec, layer: int = 0) -> Attention:
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [(SMOLLM2, "smollm2-135m"), (QWEN25, "qwen2.5-0.5b"), (GEMMA2, "gemma2-27b"), (GPT2, "gpt2"), (MAMBA, "mamba-130m")],
+    [
+        (SMOLLM2, "smollm2-135m"),
+        (QWEN25, "qwen2.5-0.5b"),
+        (GEMMA2, "gemma2-27b"),
+        (GEMMA3, "gemma3-1b"),
+        (GPT2, "gpt2"),
+        (GPT_NEO, "gptneo-125m"),
+        (MAMBA, "mamba-130m"),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_published_configs_are_the_published_sizes(config: dict[str, Any], name: str) -> None:
@@ -202,6 +271,20 @@ def test_rotary_scalings_of_both_styles() -> None:
     assert mixer_of(yarn).rope.scaling == YarnScaling(factor=4.0, original_context=8192)
     implicit = spec_of(SMOLLM2, rope_scaling={"type": "yarn", "original_max_position_embeddings": 2048})
     assert mixer_of(implicit).rope.scaling == YarnScaling(factor=4.0, original_context=2048)
+
+
+def test_a_rotation_a_kind_of_layer_in_both_styles() -> None:
+    old = spec_of(GEMMA3, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000},
+    }
+    without = {key: value for key, value in GEMMA3.items() if not key.startswith("rope")}
+    assert spec_of(without, rope_parameters=ropes) == old
+    local, full = mixer_of(old, 0), mixer_of(old, 5)
+    assert (local.window, local.rope.base, local.rope.scaling) == (512, 10000, None)
+    assert (full.window, full.rope.base, full.rope.scaling) == (None, 1000000, LinearScaling(factor=8.0))
+    assert spec_of(GEMMA3, layer_types=["full_attention"] * 26) != spec_of(GEMMA3)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +321,19 @@ def test_rotary_scalings_of_both_styles() -> None:
         (QWEN25, {"layer_types": ["chunked_attention"] * 24}, ["layer_types"]),
         (GEMMA2, {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         (GEMMA2, {"sliding_window_size": 512}, ["sliding_window_size", "512"]),
+        (GEMMA3, {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping", "null"]),
+        (GEMMA3, {"sliding_window": None}, ["layer_types", "sliding_window"]),
+        (GEMMA3, {"sliding_window": 0}, ["window is 0", "greater than 0"]),
+        (GEMMA3, {"rope_parameters": {"rope_type": "default"}}, ["rope_parameters", "full_attention"]),
+        (GEMMA3, {"rope_parameters": {}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["keep one"]),
+        (GEMMA3, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_scaling", "dynamic"]),
+        (GEMMA3, {"model_type": "gemma3"}, ["image encoder", "language_model", "text_config"]),
+        (GPT_NEO, {"attention_types": [[["global", "local"], 5]]}, ["attention_types", "12 layers"]),
+        (GPT_NEO, {"attention_types": [[["global", "banded"], 6]]}, ["attention_types", "global and local"]),
+        (GPT_NEO, {"attention_types": [[["global"], 10**9]]}, ["attention_types", "12 layers"]),
+        (GPT_NEO, {"attention_layers": ["global"] * 12}, ["attention_layers", "keep one"]),
+        (GPT_NEO, {"window_size": 0}, ["window_size", "from 1"]),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
         (GPT2, {"add_cross_attention": True}, ["add_cross_attention"]),
         (GPT2, {"is_encoder_decoder": True}, ["is_encoder_decoder"]),
@@ -263,7 +359,7 @@ def test_an_unknown_key_that_is_null_passes() -> None:
 WEIRD = [None, -1, 0, 3, 10**30, 1.5, float("nan"), float("inf"), True, "x", "", [], [1], {}, {"type": "yarn"}, {"rope_theta": [2]}]
 
 
-@pytest.mark.parametrize("config", [SMOLLM2, QWEN25, GEMMA2, GPT2, MAMBA], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [SMOLLM2, QWEN25, GEMMA2, GEMMA3, GPT2, GPT_NEO, MAMBA], ids=lambda config: config["model_type"])
 def test_no_value_of_any_key_does_more_than_be_refused(config: dict[str, Any]) -> None:
     """A damaged config gives a spec or a sentence, never another exception and never a hang."""
     extra = ("rope_scaling", "rope_parameters", "layer_types", "head_dim", "sliding_window", "tie_word_embeddings", "nonsense", "n_inner")

@@ -15,6 +15,7 @@ NAMES = """
     llama3.1-405b llama3.2-1b llama3.2-3b llama3.3-70b mistral-7b smollm2-135m smollm2-360m smollm2-1.7b
     qwen2.5-0.5b qwen2.5-1.5b qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b qwen2.5-72b
     qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b gemma2-2b gemma2-9b gemma2-27b
+    gemma3-270m gemma3-1b gemma3-4b gemma3-12b gemma3-27b gptneo-125m gptneo-1.3b gptneo-2.7b gpt3-small-sparse gpt3-175b-sparse
     mamba-130m mamba-370m mamba-790m mamba-1.4b mamba-2.8b
 """
 
@@ -37,12 +38,22 @@ def test_counts_taken_from_weights_match_exactly() -> None:
 
 def test_misprinted_widths_of_gpt3_are_declared_and_would_not_fit() -> None:
     """The paper's table 2.1: XL's 24 heads of 128 and 13B's d_model 5140 contradict the rest of their rows."""
-    assert {row.name for row in ENTRIES.values() if row.misprint} == {"gpt3-xl", "gpt3-13b"}
+    assert {row.name.removesuffix("-sparse") for row in ENTRIES.values() if row.misprint} == {"gpt3-xl", "gpt3-13b"}
     xl, large = ENTRIES["gpt3-xl"].spec, ENTRIES["gpt3-13b"].spec
     assert (xl.dim, xl.blocks()[0].mixer.heads) == (2048, 16)
     assert (large.dim, large.blocks()[0].mixer.heads) == (5120, 40)
     with pytest.raises(ValueError, match="multiple of heads"):
         type(large).model_validate({**large.model_dump(), "dim": 5140})
+
+
+def test_sparse_sizes_of_gpt3_alternate_and_weigh_as_much_as_dense_ones() -> None:
+    for name, row in ENTRIES.items():
+        if name.startswith("gpt3-") and not name.endswith("-sparse"):
+            sparse = ENTRIES[f"{name}-sparse"].spec
+            assert sparse.num_params() == row.spec.num_params()
+            assert sparse.state_bytes(2048) < row.spec.state_bytes(2048)
+            assert {block.mixer.window for block in sparse.blocks()[::2]} == {None}
+            assert {block.mixer.window for block in sparse.blocks()[1::2]} == {256}
 
 
 @pytest.mark.parametrize("row", ENTRIES.values(), ids=lambda row: row.name)
@@ -55,7 +66,9 @@ def test_every_size_is_saved_as_its_family_and_reads_back(row: Entry) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [ENTRIES[name] for name in ("gpt2", "llama3.2-1b", "qwen3-0.6b", "gemma2-2b", "mamba-130m", "gpt")], ids=lambda r: r.name
+    "row",
+    [ENTRIES[name] for name in ("gpt2", "llama3.2-1b", "qwen3-0.6b", "gemma2-2b", "gemma3-1b", "gptneo-125m", "mamba-130m", "gpt")],
+    ids=lambda r: r.name,
 )
 def test_weight_map_names_every_tensor_once(row: Entry) -> None:
     rules = FAMILIES[row.family].rules(row.spec)

@@ -34,7 +34,7 @@ def test_a_family_and_a_series_narrow_the_list() -> None:
     by_family = json.loads(weft("models", "--family", "gemma2", "--json").stdout)
     assert [row["name"] for row in by_family] == ["gemma2-2b", "gemma2-9b", "gemma2-27b"]
     by_series = json.loads(weft("models", "-f", "gpt3", "--json").stdout)
-    assert len(by_series) == 8
+    assert len(by_series) == 16
 
 
 def test_one_model_is_yaml_with_its_counts() -> None:
