@@ -54,6 +54,20 @@ CHANNELS: dict[str, dict[str, Any]] = {
     "mlp_relu2": {"type": "mlp", "hidden": 24, "activation": "relu2", "bias": False},
     "gated": {"type": "gated", "hidden": 24},
     "rwkv_channel_mix": {"type": "rwkv_channel_mix", "hidden": 24},
+    "experts": {"type": "experts", "experts": 5, "top_k": 2, "hidden": 12, "balance_loss": 0.01, "capacity": 1.0},
+    "experts_grouped": {
+        "type": "experts",
+        "experts": 6,
+        "top_k": 2,
+        "hidden": 12,
+        "shared": 2,
+        "score": "sigmoid",
+        "groups": 3,
+        "top_groups": 2,
+        "group_score": "top2",
+        "scale": 2.5,
+        "choice_bias": True,
+    },
 }
 HYBRID = """
 vocab: 31
@@ -97,6 +111,8 @@ def _specs() -> dict[str, ModelSpec]:
 
 SPECS = _specs()
 NAMES = list(SPECS)
+# Compiling takes seconds a name, so that not every variant of a part is compiled.
+COMPILED = ["gqa", "window", "cross", "lstm", "gru", "mamba", "rwkv_channel_mix", "softcap", "hybrid", "experts_grouped"]
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> Model:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from cases import BATCH, CHUNK, LENGTH, NAMES, SPECS, VOCAB, make, make_memory, make_tokens
+from cases import BATCH, CHUNK, COMPILED, LENGTH, NAMES, SPECS, VOCAB, make, make_memory, make_tokens
 from torch import Tensor
 
 from weft.errors import UserError
@@ -316,7 +316,7 @@ def test_a_recycled_row_does_not_leak(name, page):
 
 
 @pytest.mark.parametrize("page", LAYOUTS)
-@pytest.mark.parametrize("name", ["gqa", "window", "cross", "lstm", "gru", "mamba", "rwkv_channel_mix", "softcap", "hybrid"])
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiles_to_one_graph_a_length(name, page):
     from torch._dynamo.utils import counters
 
