@@ -31,6 +31,7 @@ def attend_banded(
     Returns [B, T, H, E] in v's dtype and the logarithm of each row's sum of exponentials, float32 (float64 stays) [B, T, H]. Softmax runs
     in that dtype.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)
     index = torch.arange(q.shape[1], device=q.device)[None]
     document = torch.zeros_like(index) if positions is None else index - positions
     near = _dilated(q, k, v, document + band.pinned, band, scale, softcap)
@@ -119,23 +120,21 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, first: Tensor, window: int, s
     softcap  0 is none. A query without any key gives zeros, and NOTHING for its logarithm.
     """
     batch, length, heads, _ = q.shape
-    groups, share = k.shape[2], heads // k.shape[2]
-    queries, keys, values = _by_group(q, groups), _by_row(k), _by_row(v)
-    mixed, logs = (
-        q.new_empty(batch, groups, share, length, v.shape[-1], dtype=v.dtype),
-        _wide(q.new_empty(0)).new_empty(batch, groups, share, length),
-    )
+    groups, keys, values = k.shape[2], _by_row(k), _by_row(v)
+    mixed = v.new_empty(batch, length, heads, v.shape[-1])
+    logs = q.new_empty(batch, length, heads, dtype=_wide(q[:0]).dtype)
     for low, start, end in spans(length, window):
-        scores, hidden = _scores(queries[:, :, :, start:end], keys[:, low:end], _hidden(first, low, start, end, window), scale, softcap)
+        scores, hidden = _scores(
+            _by_group(q[:, start:end], groups), keys[:, low:end], _hidden(first, low, start, end, window), scale, softcap
+        )
         scores.masked_fill_(hidden, NOTHING)
         most = scores.amax(-1, keepdim=True).clamp_(min=NOTHING / 2)  # so that a row without keys has exponentials of zero
         weights = scores.sub_(most).exp2_()
         sums = weights.sum(-1, keepdim=True)
-        rows = weights.shape[3]
-        part = torch.bmm(weights.to(v.dtype).view(batch * groups, share * rows, -1), values[:, low:end])
-        mixed[:, :, :, start:end] = part.view(batch, groups, share, rows, -1) / sums.clamp(min=1e-30)
-        logs[:, :, :, start:end] = torch.where(sums > 0, (most + sums.log2()) / LOG2_E, NOTHING)[..., 0]
-    return _by_token(mixed), _by_token(logs[..., None])[..., 0].contiguous()
+        part = torch.bmm(weights.to(v.dtype).view(batch * groups, -1, end - low), values[:, low:end]).view(*sums.shape[:4], -1)
+        mixed[:, start:end] = _by_token(part / sums.clamp(min=1e-30))
+        logs[:, start:end] = _by_token(torch.where(sums > 0, (most + sums.log2()) / LOG2_E, NOTHING))[..., 0]
+    return mixed, logs
 
 
 @attend_window.register_fake
@@ -153,29 +152,27 @@ def attend_window_backward(
     With P the weights, g and h the incoming gradients: dV = P^T g, dS = P (g V^T - sum(g out) + h), dQ = dS K, dK = dS^T Q.
     """
     q, k, v, first, out, logs = saved
-    batch, length, heads, width = q.shape
-    groups, share = k.shape[2], heads // k.shape[2]
-    queries, keys, values, gradient = _by_group(q, groups), _by_row(k), _by_row(v), _by_group(incoming[0].to(v.dtype), groups)
-    offset = _by_group((incoming[1] - (_wide(incoming[0]) * _wide(out)).sum(-1))[..., None], groups)
-    base = _by_group(logs[..., None], groups).clamp(min=NOTHING / 2) * LOG2_E
-    grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(_wide(keys)), torch.zeros_like(_wide(values))
+    batch, length, groups, _ = k.shape
+    rows, keys, values = batch * groups, _by_row(k), _by_row(v)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = torch.zeros_like(_wide(keys)), torch.zeros_like(_wide(values))
     for low, start, end in spans(length, window):
-        raw, hidden = _scores(queries[:, :, :, start:end], keys[:, low:end], _hidden(first, low, start, end, window), scale, softcap)
-        rows = end - start
-        weights = (raw - base[:, :, :, start:end]).exp2_().masked_fill_(hidden, 0.0)
-        flat = (batch * groups, share * rows, -1)
-        g = gradient[:, :, :, start:end].reshape(flat)
-        narrow = weights.to(v.dtype).view(flat)
-        grad_v[:, low:end] += torch.bmm(narrow.transpose(1, 2), g)
+        here = slice(start, end)
+        queries, g = _by_group(q[:, here], groups), _by_group(incoming[0][:, here].to(v.dtype), groups).view(rows, -1, v.shape[-1])
+        offset = (incoming[1][:, here] - (_wide(incoming[0][:, here]) * _wide(out[:, here])).sum(-1))[..., None]
+        raw, hidden = _scores(queries, keys[:, low:end], _hidden(first, low, start, end, window), scale, softcap)
+        base = _by_group(logs[:, here, :, None], groups).clamp(min=NOTHING / 2)
+        weights = (raw - base * LOG2_E).exp2_().masked_fill_(hidden, 0.0)
+        grad_v[:, low:end] += torch.bmm(weights.to(v.dtype).view(rows, -1, end - low).transpose(1, 2), g)
         dots = _wide(torch.bmm(g, values[:, low:end].transpose(1, 2))).view_as(weights)
-        ds = weights.mul_(dots.add_(offset[:, :, :, start:end])).mul_(scale)
+        ds = weights.mul_(dots.add_(_by_group(offset, groups))).mul_(scale)
         if softcap:
             ds = ds.mul_(1 - (raw / (softcap * LOG2_E)).square())
-        ds = ds.to(q.dtype).view(flat)
-        grad_q[:, :, :, start:end] = torch.bmm(ds, keys[:, low:end]).view(batch, groups, share, rows, width)
-        grad_k[:, low:end] += torch.bmm(ds.transpose(1, 2), queries[:, :, :, start:end].reshape(flat))
+        ds = ds.to(q.dtype).view(rows, -1, end - low)
+        grad_q[:, here] = _by_token(torch.bmm(ds, keys[:, low:end]).view_as(queries))
+        grad_k[:, low:end] += torch.bmm(ds.transpose(1, 2), queries.view(rows, -1, q.shape[-1]))
     dk, dv = (x.view(batch, groups, length, -1).transpose(1, 2).to(like.dtype).contiguous() for x, like in ((grad_k, k), (grad_v, v)))
-    return _by_token(grad_q), dk, dv
+    return grad_q, dk, dv
 
 
 @attend_window_backward.register_fake
@@ -220,7 +217,7 @@ def _hidden(first: Tensor, low: int, start: int, end: int, window: int) -> Tenso
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """[B, T, H, D] -> [B, G, S, T, D], contiguous."""
+    """[B, C, H, D] -> [B, G, S, C, D], contiguous."""
     return x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
 
 
@@ -230,8 +227,8 @@ def _by_row(x: Tensor) -> Tensor:
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """[B, G, S, T, D] -> [B, T, H, D], contiguous."""
-    return x.permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
+    """[B, G, S, C, D] -> [B, C, H, D]."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _wide(x: Tensor) -> Tensor:
