@@ -80,7 +80,10 @@ class EngineOptions(RunOptions):
     """And how text is generated there."""
 
     draft: Annotated[
-        str, typer.Option("--draft", help="Guess tokens and check several at once: ngram, a smaller model of the same tokenizer, none.")
+        str,
+        typer.Option(
+            "--draft", help="Guess tokens and check several at once: ngram, mtp (the model's own modules), a model of its tokenizer, none."
+        ),
     ] = "none"
     fast: Annotated[bool, typer.Option("--fast", help="Read prompts faster and less exactly where weights are quantised.")] = False
     state: Annotated[str, typer.Option("--state", help="auto, or int8: keys and values in 8 bits, in half the memory.")] = "auto"

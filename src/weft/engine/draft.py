@@ -32,7 +32,11 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Guesses for several texts at a time. What it guesses decides how fast text is generated, never which."""
+    """Guesses for several texts at a time. What it guesses decides how fast text is generated, never which.
+
+    A drafter may have two more attributes: `longest`, the most tokens it can guess, and `listen`, which hears of every pass of the model
+    as `Lanes.listen` tells of it.
+    """
 
     def check(self, model: Model) -> None:
         """Raise UserError where this drafter cannot draft for a model."""
@@ -45,6 +49,20 @@ class Drafter(Protocol):
 
     def release(self, text: Continuation) -> None:
         """A text is finished; nothing more is asked about it."""
+
+
+def extend(draft: Draft, text: Continuation, logits: Tensor) -> None:
+    """Add to a draft the token that logits [1, V] say comes next, by the text's own temperature and filters."""
+    if text.plain:
+        draft.ids.append(int(likeliest(logits)[1]))
+        return
+    probs = Sampler([text.params], [History((), ())], logits).distribution(logits)
+    if draft.probs is None:
+        draft.ids.append(int(probs.argmax()))
+        return
+    number = uniform(text.task.seed, text.index, len(text.ids) + len(draft.ids), DRAWN_FOR_DRAFT)
+    draft.probs.append(probs[0])
+    draft.ids.append(int(draw(probs, torch.tensor([number], dtype=torch.float64))))
 
 
 class NgramDrafter:
@@ -139,7 +157,7 @@ class ModelDrafter:
             self._before[text] = lane.fed, self._lanes.arena.snapshot(lane.row, paged=False) if self._cannot_rewind else None
         while logits:
             for text, row in logits.items():
-                self._extend(drafts[text], text, row)
+                extend(drafts[text], text, row)
             logits = self._feed({text: drafts[text].ids[-1] for text in logits if len(drafts[text].ids) < limits[text]})
         return list(drafts.values())
 
@@ -174,18 +192,6 @@ class ModelDrafter:
             self.release(lane.owner)
             return False
         return True
-
-    def _extend(self, draft: Draft, text: Continuation, logits: Tensor) -> None:
-        if text.plain:
-            draft.ids.append(int(likeliest(logits)[1]))
-            return
-        probs = Sampler([text.params], [History((), ())], logits).distribution(logits)
-        if draft.probs is None:
-            draft.ids.append(int(probs.argmax()))
-            return
-        number = uniform(text.task.seed, text.index, len(text.ids) + len(draft.ids), DRAWN_FOR_DRAFT)
-        draft.probs.append(probs[0])
-        draft.ids.append(int(draw(probs, torch.tensor([number], dtype=torch.float64))))
 
     def _feed(self, tokens: dict[Continuation, int]) -> dict[Continuation, Tensor]:
         """One more token for each text; logits [1, V] after it."""

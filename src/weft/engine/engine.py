@@ -81,6 +81,8 @@ class Engine:
         self._speculation = draft if draft is None or isinstance(draft, Speculation) else Speculation(draft)
         if self._speculation is not None:
             self._speculation.drafter.check(model)
+            if listen := getattr(self._speculation.drafter, "listen", None):
+                self._lanes.listen(listen)
         self._stats = EngineStats()
         self._count = 0
         self.grammars = None if tokenizer is None else GrammarCompiler(tokenizer, model.spec.vocab)

@@ -1,6 +1,6 @@
 """Rows of decode state, and what runs in them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,9 @@ class Lane:
         return len(self.ids) - self.fed
 
 
+Listener = Callable[[Sequence[Lane], Sequence[int], Tensor], None]
+
+
 class Lanes:
     """A paged arena within a byte budget, its rows lent to lanes. `active[i]` is the lane in row i: rows at work are the first ones.
 
@@ -70,8 +73,24 @@ class Lanes:
         self.active: list[Lane] = []
         self._runner = Runner(model, self.arena)
         self._has_rings = any(leaf.kind == "ring" for leaf in self.arena.leaves.values())
+        self._listener: Listener | None = None
+        self._hidden: Tensor | None = None
         self._ones: dict[int, Tensor] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
+
+    def listen(self, listener: Listener) -> None:
+        """Let `listener(lanes, counts, hidden)` know of every pass: the first counts[i] of the hidden states hidden[i] [T, D] belong to
+        tokens that are now part of lanes[i], the last ones that it was fed."""
+
+        def keep(hidden: Tensor) -> None:
+            self._hidden = hidden
+
+        self._listener, self._runner.listener = listener, keep
+
+    def _tell(self, lanes: Sequence[Lane], counts: Sequence[int], rows: Tensor | None = None) -> None:
+        if self._listener is not None and self._hidden is not None:
+            self._listener(lanes, counts, self._hidden if rows is None else self._hidden[rows])
+            self._hidden = None
 
     # Rows.
 
@@ -161,9 +180,10 @@ class Lanes:
         for i, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
             tokens[i, :count] = torch.tensor(lane.ids[lane.fed : lane.fed + count])
         n_new = torch.tensor(counts, device=self.device)
-        logits: Tensor = self._runner(tokens.to(self.device), n_new, self._rows(lanes), self._columns(lanes, max(counts)))
+        logits: Tensor = self._runner(tokens.to(self.device), n_new, self.rows_of(lanes), self.columns_of(lanes, max(counts)))
         for lane, count in zip(lanes, counts, strict=True):
             lane.fed += count
+        self._tell(lanes, counts)
         return logits
 
     def feed_single(self, lanes: Sequence[Lane]) -> Tensor:
@@ -174,9 +194,10 @@ class Lanes:
             fed, chosen = self.active, self._index(tuple(lane.row for lane in lanes))
         tokens = torch.tensor([[lane.ids[lane.fed] if lane.pending else 0] for lane in fed], device=self.device)
         counts = self._counts(len(lanes)) if chosen is None else torch.zeros_like(tokens[:, 0]).index_fill_(0, chosen, 1)
-        logits: Tensor = self._runner(tokens, counts, self._rows(fed), self._columns(lanes, 1))
+        logits: Tensor = self._runner(tokens, counts, self.rows_of(fed), self.columns_of(lanes, 1))
         for lane in lanes:
             lane.fed += 1
+        self._tell(lanes, [1] * len(lanes), chosen)
         return logits if chosen is None else logits[chosen]
 
     def feed_drafts(self, lanes: Sequence[Lane], drafts: Sequence[Sequence[int]]) -> tuple[Tensor, Pending]:
@@ -187,15 +208,16 @@ class Lanes:
         tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in fed], device=self.device)
         n_new = torch.tensor([len(ids) for ids in fed], device=self.device)
         index = torch.tensor([row * longest + place for row, ids in enumerate(fed) for place in range(len(ids))], device=self.device)
-        return self._runner.verify(tokens, n_new, index, self._rows(lanes), self._columns(lanes, longest))
+        return self._runner.verify(tokens, n_new, index, self.rows_of(lanes), self.columns_of(lanes, longest))
 
     def commit_drafts(self, lanes: Sequence[Lane], pending: Pending, drafts: Sequence[Sequence[int]]) -> None:
         """After `feed_drafts`, and before anything else is done with the lanes: these beginnings of their drafts stand."""
         counts = [1 + len(draft) for draft in drafts]
-        self.arena.commit(pending, torch.tensor(counts, device=self.device), self._rows(lanes))
+        self.arena.commit(pending, torch.tensor(counts, device=self.device), self.rows_of(lanes))
         for lane, draft, count in zip(lanes, drafts, counts, strict=True):
             lane.ids += draft
             lane.fed += count
+        self._tell(lanes, counts)
 
     def draft_room(self, lane: Lane) -> int:
         """How many tokens can be drafted for a lane: as many as fit in a pass and in the context, and for a model that needs snapshots not
@@ -228,7 +250,7 @@ class Lanes:
         self.cache.take_snapshot(lane.row, name, lane.snapshot)
         lane.snapshot = name if lane.fed > lane.start else None
 
-    def _rows(self, lanes: Sequence[Lane]) -> Tensor | int:
+    def rows_of(self, lanes: Sequence[Lane]) -> Tensor | int:
         """How a pass names these lanes' rows: a number where they are the first ones in order, so that nothing is gathered."""
         rows = tuple(lane.row for lane in lanes)
         return len(rows) if rows == tuple(range(len(rows))) else self._index(rows)
@@ -245,7 +267,7 @@ class Lanes:
             self._ones[batch] = torch.ones(batch, dtype=torch.long, device=self.device)
         return self._ones[batch]
 
-    def _columns(self, lanes: Sequence[Lane], count: int) -> int:
+    def columns_of(self, lanes: Sequence[Lane], count: int) -> int:
         """Columns of the page table for a pass of up to `count` tokens."""
         longest = max(lane.fed for lane in lanes) + count
         return min(-(-self._bucket(longest) // self.page), self.arena.table.shape[1])

@@ -10,11 +10,13 @@ import torch
 
 from weft.device import pick_device, pick_dtype
 from weft.engine.budget import default_memory
-from weft.engine.draft import ModelDrafter, NgramDrafter
+from weft.engine.draft import Drafter, ModelDrafter, NgramDrafter
 from weft.engine.engine import Engine
+from weft.engine.mtp_draft import MTPDrafter, check_depth
 from weft.errors import UserError
 from weft.files import read_text
 from weft.nn import Model
+from weft.spec import ModelSpec
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.weights.hub import find_model
 from weft.weights.load import Checkpoint, load_weights, open_checkpoint
@@ -27,20 +29,40 @@ DRAFT_SHARE = 4
 class OpenModel:
     """A model in memory, with all that an engine needs; what memory is left is known once every model of a process is one.
 
-    draft  None, "ngram", or the model that drafts for it.
+    draft  None, "ngram", the model that drafts for it, or how many tokens its own modules for multi-token prediction draft.
     """
 
     model: Model
     tokenizer: Tokenizer
-    draft: Model | Literal["ngram"] | None = None
+    draft: Model | Literal["ngram"] | int | None = None
 
     def engine(self, rows: int = 16, memory: int | None = None) -> Engine:
-        """`memory` bytes are for decode state, as Engine takes them; a draft model has a quarter of them."""
+        """`memory` bytes are for decode state, as Engine takes them; a draft model has a quarter of them, the model's own modules their
+        share a token."""
         if self.draft is None or isinstance(self.draft, str):
             return Engine(self.model, self.tokenizer, rows=rows, memory=memory, draft=NgramDrafter() if self.draft else None)
         memory = default_memory(self.model.device) if memory is None else memory
-        drafter = ModelDrafter(self.draft, rows=rows, memory=memory // DRAFT_SHARE)
-        return Engine(self.model, self.tokenizer, rows=rows, memory=memory - memory // DRAFT_SHARE, draft=drafter)
+        if isinstance(self.draft, Model):
+            share = memory // DRAFT_SHARE
+            drafter: Drafter = ModelDrafter(self.draft, rows=rows, memory=share)
+        else:
+            share = int(memory * _mtp_share(self.model.spec))
+            drafter = MTPDrafter(self.model, self.draft, rows=rows, memory=share)
+        return Engine(self.model, self.tokenizer, rows=rows, memory=memory - share, draft=drafter)
+
+
+def _mtp_share(spec: ModelSpec) -> float:
+    """The part of all decode state at the model's full context that its modules for multi-token prediction have."""
+    ours = spec.mtp_state_bytes(spec.context)
+    return ours / (ours + spec.state_bytes(spec.context))
+
+
+def _mtp_depth(draft: str, spec: ModelSpec) -> int | None:
+    """How many tokens `mtp` or `mtp:N` drafts; None for another word."""
+    word, colon, number = draft.partition(":")
+    if word != "mtp" or (colon and not number.isdecimal()):
+        return None
+    return check_depth(spec, int(number) if colon else None)
 
 
 def open_engine(
@@ -71,7 +93,8 @@ def open_model(
 
     device, dtype  as `--device` and `--dtype` take them.
     chat           refuse, before any weights are read, a model without a chat template.
-    draft          none, ngram, or a smaller model of the same tokenizer, named as `source` is.
+    draft          none, ngram, mtp or mtp:N for the model's own modules for multi-token prediction, all or N of them, or a smaller model
+                   of the same tokenizer, named as `source` is.
     fast           as `--fast`: a quantised model reads prompts with coarser products; what a token gets then depends on its chunk.
     int8_state     keep keys and values in 8 bits.
     Raises UserError where the model cannot be had or used.
@@ -83,12 +106,13 @@ def open_model(
             f"{source} has no chat template, so it was not trained for conversations; continue a text with it: weft generate {source} "
             "-p '…', or chat with another model."
         )
+    depth = _mtp_depth(draft, checkpoint.spec)
     model = open_weights(checkpoint, device, dtype)
     model.fast, model.int8_state = fast, int8_state
-    drafting: Model | Literal["ngram"] | None = None
+    drafting: Model | Literal["ngram"] | int | None = depth
     if draft == "ngram":
         drafting = "ngram"
-    elif draft != "none":
+    elif draft != "none" and depth is None:
         drafting = _open_draft(draft, tokenizer, device, dtype)
     gc.collect()
     gc.freeze()  # the model's ten thousand objects stay: looking through them again and again took a fiftieth of a token's time

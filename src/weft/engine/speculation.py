@@ -171,7 +171,7 @@ class Speculation:
 
     def __init__(self, drafter: Drafter, length: DraftLength | None = None) -> None:
         self.drafter = drafter
-        self.length = length or DraftLength()
+        self.length = length or DraftLength(getattr(drafter, "longest", LONGEST_DRAFT))
 
     def propose(self, lanes: Sequence[Lane], most: Sequence[int]) -> list[Draft]:
         """A draft for each lane, of at most so many tokens and often empty."""

@@ -1,5 +1,7 @@
 """The unit that is compiled: a model together with the arena that holds its state."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from weft import kernels
@@ -16,6 +18,7 @@ class Runner(nn.Module):
     def __init__(self, model: Model, arena: Arena) -> None:
         super().__init__()
         self.model, self.arena = model, arena
+        self.listener: Callable[[Tensor], None] | None = None  # told of the hidden states [B, T, D] of every pass
 
     def forward(self, tokens: Tensor, n_new: Tensor, rows: Rows = None, columns: int | None = None) -> Tensor:
         """tokens [B, T] int64, right padded; n_new [B] valid ones a row, 0 for an idle row. Returns logits [B, vocab].
@@ -28,6 +31,8 @@ class Runner(nn.Module):
         with kernels.settled(self.model.dtype, self.model.device, coarse):
             step = self.arena.step(n_new, tokens.shape[1], rows, keep="last", columns=columns)
             output: Output = self.model(tokens, step, self.arena.views(rows))
+            if self.listener is not None:
+                self.listener(output.hidden)
             self.arena.commit(output.pending, n_new, rows)
             if tokens.shape[1] == 1:
                 return self.model.logits(output.hidden[:, 0])
@@ -40,4 +45,6 @@ class Runner(nn.Module):
         with kernels.settled(self.model.dtype, self.model.device, coarse):
             step = self.arena.step(n_new, tokens.shape[1], rows, keep="all", columns=columns)
             output: Output = self.model(tokens, step, self.arena.views(rows))
+            if self.listener is not None:
+                self.listener(output.hidden)
             return self.model.logits(output.hidden.flatten(0, 1)[index]), output.pending
