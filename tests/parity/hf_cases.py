@@ -41,6 +41,13 @@ def decoder(kind: str, **changes: Any) -> Callable[[], Any]:
     return lambda: getattr(hf, f"{kind}Config")(**{**sizes, **changes})
 
 
+def deepseek(kind: str, **changes: Any) -> Callable[[], Any]:
+    """A DeepSeek config: latent attention, a dense layer, then two with experts."""
+    sizes = {"kv_lora_rank": 20, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 7, "num_key_value_heads": 6}
+    experts = {"first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+    return decoder(kind, **{**sizes, **experts, **changes})
+
+
 def gpt(kind: str, **changes: Any) -> Callable[[], Any]:
     sizes = {"vocab_size": 61, "n_positions": 40, "n_embd": 36, "n_layer": 3, "n_head": 3, "bos_token_id": None, "eos_token_id": None}
     return lambda: getattr(hf, f"{kind}Config")(**{**sizes, **changes})
@@ -67,6 +74,9 @@ def mamba(**changes: Any) -> Callable[[], Any]:
     return lambda: hf.MambaConfig(**{**sizes, "bos_token_id": None, **changes})
 
 
+SHARP = {**YARN, "rope_theta": 1000.0, "mscale": 0.707, "mscale_all_dim": 0.707}
+UNEVEN = {**YARN, "rope_theta": 1000.0, "mscale": 1.0, "mscale_all_dim": 0.6, "beta_fast": 20.0}
+LIMITED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0}
 MIXED = ["full_attention", "sliding_attention", "full_attention"]
 
 CASES = [
@@ -143,6 +153,14 @@ CASES = [
             attention_types=[[["global"], 1], [["local"], 2]],
         ),
     ),
+    Case("deepseek-v2-lite", "deepseek_v2", deepseek("DeepseekV2", q_lora_rank=None, rope_parameters=SHARP)),
+    Case("deepseek-v2", "deepseek_v2", deepseek("DeepseekV2", q_lora_rank=15, n_shared_experts=1, rope_parameters=UNEVEN, **LIMITED)),
+    Case("deepseek-v3", "deepseek_v3", deepseek("DeepseekV3", q_lora_rank=15, n_group=4, topk_group=2, rope_parameters=SHARP)),
+    Case(
+        "deepseek-v3-plain",
+        "deepseek_v3",
+        deepseek("DeepseekV3", q_lora_rank=None, n_group=1, topk_group=1, first_k_dense_replace=0, norm_topk_prob=False),
+    ),
     Case("mamba", "mamba", mamba()),
     Case("mamba-biased-untied", "mamba", mamba(use_bias=True, use_conv_bias=False, tie_word_embeddings=False, conv_kernel=3, expand=3)),
 ]
@@ -162,6 +180,9 @@ def oracle(case: Case, seed: int = 0) -> Any:
                 parameter.copy_(torch.randn_like(parameter) - 1)
             else:
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim < 2 else gain * parameter.shape[-1] ** -0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
     return model
 
 

@@ -122,7 +122,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return _open_gguf(path)
     config = read_config(path)
     family, spec = from_config(config)
-    return Checkpoint(path, family, spec, config, TensorFiles(path))
+    files = TensorFiles(path)
+    return Checkpoint(path, family, family.held(spec, files.names), config, files)
 
 
 def load_weights(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import UserError, nearest
-from weft.nn.packed import PackedWeight
 from weft.zoo.rules import Alias, Cat, Copy, Drop, Interleave, One, Reshape, Rule, Source, Stack, Transpose
 
 
@@ -34,11 +33,9 @@ def identity_rules(model: nn.Module) -> list[Rule]:
 
 
 def stored_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a file of the model holds, by our names: its parameters, and the codes and scales of quantised ones."""
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedWeight):
-            state |= {f"{name}.{key}": buffer for key, buffer in module.stored().items()}
+    """What a file of the model holds, by our names: its parameters, the codes and scales of quantised ones, and the buffers that training
+    moves (a router's bias)."""
+    state: dict[str, Tensor] = model.state_dict()
     return state
 
 
@@ -55,12 +52,12 @@ def load_tensors(ours: Mapping[str, Tensor], rules: Iterable[Rule], files: Tenso
     rules = list(rules)
     names = _Names(files, rules, prefix, what)
     plan = _plan(dict(ours), rules, names, what)
-    aliases = {rule.of: names.real(rule.name) for rule in rules if isinstance(rule, Alias)}
+    aliases = [rule for rule in rules if isinstance(rule, Alias) and names.real(rule.name) in names.stored]
     for name, source, place in plan:
         _read(files, name, source, place)
-        alias = aliases.get(source.name)
-        if alias in names.stored:  # at once: embeddings come first, when little of the model's memory is in use yet
-            _check_alias(files, alias, name, place, what)
+        for alias in aliases:  # at once: embeddings come first, when little of the model's memory is in use yet
+            if alias.of == source.name:
+                _check_alias(files, alias, names.real(alias.name), name, place, what)
 
 
 class _Names:
@@ -131,6 +128,8 @@ def split(rule: One | Cat | Stack, tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor,)
     if isinstance(rule, Cat):
         return torch.split(tensor, list(rule.sizes))
+    if rule.sizes:
+        return tuple(part for entry in tensor.unbind(0) for part in torch.split(entry, list(rule.sizes)))
     return tensor.unbind(0)
 
 
@@ -147,24 +146,30 @@ def as_stored(source: Source, ours: Tensor) -> Tensor:
         return ours.t()
     if isinstance(source, Reshape):
         return ours.view(source.shape)
-    return _pairs(source, ours).reshape(ours.shape) if isinstance(source, Interleave) else ours
+    if isinstance(source, Interleave):
+        heads = ours.view(source.heads, -1, *ours.shape[1:])
+        return torch.cat([heads[:, : source.plain], _pairs(heads[:, source.plain :]).flatten(1, 2)], 1).view(ours.shape)
+    return ours
 
 
-def _pairs(source: Interleave, ours: Tensor) -> Tensor:
-    """Rows [heads * width, ...] as a view [heads, width / 2, 2, ...]: channel i of a head beside channel i + width / 2."""
-    return ours.view(source.heads, 2, -1, *ours.shape[1:]).transpose(1, 2)
+def _pairs(heads: Tensor) -> Tensor:
+    """Rows [heads, width, ...] as a view [heads, width / 2, 2, ...]: channel i of a head beside channel i + width / 2."""
+    return heads.view(heads.shape[0], 2, -1, *heads.shape[2:]).transpose(1, 2)
 
 
 def _read(files: TensorSource, name: str, source: Source, place: Tensor) -> None:
     if isinstance(source, Interleave):
-        view = _pairs(source, place)
-        view.copy_(files.read(name).view(view.shape))
+        heads = place.view(source.heads, -1, *place.shape[1:])
+        stored = files.read(name).view(heads.shape)
+        heads[:, : source.plain].copy_(stored[:, : source.plain])
+        turned = _pairs(heads[:, source.plain :])
+        turned.copy_(stored[:, source.plain :].reshape(turned.shape))
     else:
         files.read_into(name, as_stored(source, place))
 
 
-def _check_alias(files: TensorSource, alias: str, name: str, place: Tensor, what: str) -> None:
-    """A second name of a tied tensor must hold the same numbers as `place`, which was read from `name`."""
+def _check_alias(files: TensorSource, rule: Alias, alias: str, name: str, place: Tensor, what: str) -> None:
+    """A second name of a shared tensor must hold the same numbers as `place`, which was read from `name`."""
     if files.shape(alias) == tuple(place.shape):
         second = files.read(alias)
         if all(
@@ -172,7 +177,7 @@ def _check_alias(files: TensorSource, alias: str, name: str, place: Tensor, what
             for mine, given in zip(torch.split(place, 256), torch.split(second, 256), strict=True)
         ):
             return
-    raise UserError(f"{what}: {alias} differs from {name}, but config.json ties them; set tie_word_embeddings to false to keep both.")
+    raise UserError(f"{what}: {alias} differs from {name}, but {rule.cause}.")
 
 
 @torch.no_grad()
@@ -181,13 +186,22 @@ def stored_tensors(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> Iter
 
     `tensors` are all parameters by our names; each must have exactly one row.
     """
-    left = dict(tensors)
-    for rule in rules:
+    left, rows = dict(tensors), list(rules)
+    shared: dict[str, Tensor | None] = {rule.of: None for rule in rows if isinstance(rule, Alias) and rule.written}
+    for rule in rows:
         if isinstance(rule, Drop | Alias):
             continue
         parts = split(rule, left.pop(rule.ours).detach())
         for source, part in zip(_sources(rule), parts, strict=True):
-            yield source.name, as_stored(source, part)
+            stored = as_stored(source, part)
+            if source.name in shared:
+                shared[source.name] = stored
+            yield source.name, stored
+    for rule in rows:
+        if isinstance(rule, Alias) and rule.written:
+            second = shared[rule.of]
+            assert second is not None, f"{rule.name} is a second name of {rule.of}, which no row writes"
+            yield rule.name, second
     assert not left, f"no row of the weight map writes {', '.join(left)}"
 
 

@@ -7,7 +7,7 @@ import pydantic
 
 from weft.errors import UserError, nearest, unknown
 from weft.spec import ModelSpec
-from weft.zoo import gemma, gemma3, gpt, gpt_neo, llama, mamba, mistral, qwen
+from weft.zoo import deepseek, gemma, gemma3, gpt, gpt_neo, llama, mamba, mistral, qwen
 from weft.zoo.family import Entry, Family, explained, expresses
 from weft.zoo.native import NATIVE
 
@@ -24,6 +24,8 @@ FAMILIES: dict[str, Family] = {
         gpt.GPT2,
         gpt.GPT1,
         gpt_neo.GPT_NEO,
+        deepseek.V2,
+        deepseek.V3,
         mamba.MAMBA,
         NATIVE,
     )
@@ -33,7 +35,7 @@ FAMILIES: dict[str, Family] = {
 REFUSED = {"gemma3": gemma3.IMAGES}
 
 ENTRIES: dict[str, Entry] = {
-    entry.name: entry for module in (gpt, gpt_neo, llama, mistral, qwen, gemma, gemma3, mamba) for entry in module.ENTRIES
+    entry.name: entry for module in (gpt, gpt_neo, llama, mistral, qwen, gemma, gemma3, deepseek, mamba) for entry in module.ENTRIES
 }
 
 __all__ = ["ENTRIES", "FAMILIES", "Entry", "Family", "describe", "entry", "family_of", "from_config"]

@@ -1,6 +1,6 @@
 """What a family is: a `model_type` of Hugging Face, the specs it can hold, and its weight map."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
@@ -8,10 +8,13 @@ from typing import Any, TypeVar
 import pydantic
 
 from weft.errors import UserError
-from weft.spec import Attention, Block, CrossAttention, Group, LayerNorm, Mamba, ModelSpec, Rope, YarnScaling
+from weft.spec import Attention, Block, CrossAttention, Experts, Group, LatentAttention, LayerNorm, Mamba, ModelSpec, Rope, YarnScaling
 from weft.spec.model import Layer
 from weft.zoo.rope import yarn_attention
 from weft.zoo.rules import Rule
+
+# Of a mixture of experts: how training keeps its experts busy.
+_TRAINING = {"bias_speed", "balance_loss", "balance_over", "z_loss", "capacity"}
 
 M = TypeVar("M")
 C = TypeVar("C")
@@ -30,6 +33,7 @@ class Family:
     from_config    config.json -> spec; raises UserError.
     to_config      spec -> config.json's architecture keys; raises Inexpressible.
     rules          spec -> the rows of the weight map.
+    held           spec, and the names of a file's tensors -> the spec without what the config promises and files may leave out.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Family:
     from_config: Callable[[Mapping[str, Any]], ModelSpec]
     to_config: Callable[[ModelSpec], dict[str, Any]]
     rules: Callable[[ModelSpec], list[Rule]]
+    held: Callable[[ModelSpec, Collection[str]], ModelSpec] = lambda spec, names: spec
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def expresses(family: Family, spec: ModelSpec) -> dict[str, Any] | None:
 def canonical(spec: ModelSpec) -> dict[str, Any]:
     """A spec with every default written out and every pattern unrolled: two are equal when they compute the same function.
 
-    Dropout and initialisation are left out: they matter to training, not to what a trained model is.
+    Dropout, initialisation and how experts are kept busy are left out: they matter to training, not to what a trained model is.
     """
     whole = spec.model_dump(exclude={"layers", "norm", "dropout", "init_std"})
     whole["layers"] = [_canonical_block(_with_norm(block, spec), spec.dim) for block in spec.blocks()]
@@ -159,6 +164,12 @@ def _canonical_part(part: Any, dim: int) -> dict[str, Any]:
         if isinstance(part, Attention):
             data["scale"] = part.scale or width**-0.5
             data["rope"] = _canonical_rope(part.rope)
+    if isinstance(part, Experts):
+        data |= Experts(experts=1, top_k=1, hidden=1).model_dump(include=_TRAINING)
+        if part.top_groups == part.groups:
+            data |= {"groups": 1, "top_groups": 1, "group_score": "max"}
+    if isinstance(part, LatentAttention):
+        data |= {"v_head_dim": part.v_width, "rope": _canonical_rope(part.rope)}
     if isinstance(part, Mamba):
         data["dt_rank"] = part.rank(dim)
     return data

@@ -24,8 +24,10 @@ _SUBKEYS = {
 }
 
 
-def read_rope(reader: ConfigReader, context: int) -> Rope:
+def read_rope(reader: ConfigReader, context: int, sharpens: bool = False) -> Rope:
     """The rotation that a config describes; `context` stands in where a scaling does not name the original length.
+
+    sharpens  the family scales scores by YaRN's mscale_all_dim (DeepSeek); others use it for the factor on cosines and sines alone.
 
     Raises UserError for a scaling that Weft does not compute (dynamic, longrope and others) and for keys it does not know.
     """
@@ -53,7 +55,10 @@ def read_rope(reader: ConfigReader, context: int) -> Rope:
         if not _is_positive(value):
             raise reader.refuse(key, f"{name} must be a positive number.")
     base = given.pop("rope_theta", base)
-    return Rope(base=base, scaling=_scaling(reader, key, kind, given, context))
+    scaling = _scaling(reader, key, kind, given, context)
+    if sharpens and isinstance(scaling, YarnScaling):
+        scaling = YarnScaling(**{**scaling.model_dump(), "mscale_all_dim": given.get("mscale_all_dim")})
+    return Rope(base=base, scaling=scaling)
 
 
 def _is_positive(value: Any) -> bool:
@@ -148,4 +153,17 @@ def _written_scaling(rope: Rope) -> dict[str, Any] | None:
         "beta_fast": scaling.beta_fast,
         "beta_slow": scaling.beta_slow,
     }
-    return written if scaling.attention_factor is None else {**written, "attention_factor": scaling.attention_factor}
+    return written | _written_attention(scaling)
+
+
+def _written_attention(scaling: YarnScaling) -> dict[str, float]:
+    """YaRN's factors. Where scores are scaled, `mscale` says of the rotation what `attention_factor` says, for tools that know it alone."""
+    given, all_dim = scaling.attention_factor, scaling.mscale_all_dim
+    exact = {} if given is None or (given == 1.0 and all_dim is not None) else {"attention_factor": given}
+    if all_dim is None:
+        return exact
+    sharpness = yarn_attention(scaling.factor, all_dim)
+    if given is None or sharpness == 1.0:
+        return {**exact, "mscale_all_dim": all_dim}
+    mscale = all_dim if given == 1.0 else (given * sharpness - 1.0) / (0.1 * math.log(scaling.factor))
+    return {**exact, "mscale": mscale, "mscale_all_dim": all_dim} if mscale > 0 else {**exact, "mscale_all_dim": all_dim}

@@ -33,11 +33,15 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Interleave:
-    """Rows of `heads` heads whose rotary pairs are neighbours in the file, and half a head apart with us (GGUF's Llama)."""
+    """Rows of `heads` heads whose rotary pairs are neighbours in the file, and half a head apart with us (GGUF's Llama).
+
+    The `plain` first rows of each head are not rotated and stay where they are (DeepSeek).
+    """
 
     name: str
     heads: int
     older: tuple[str, ...] = ()
+    plain: int = 0
 
 
 Source = Copy | Transpose | Reshape | Interleave
@@ -62,10 +66,14 @@ class Cat:
 
 @dataclass(frozen=True)
 class Stack:
-    """Several tensors of one shape are the entries of one of ours along a new first axis (experts)."""
+    """Several tensors are the entries of one of ours along a new first axis (experts).
+
+    With `sizes` an entry is made of as many tensors, one below the other, of which each gives so many rows.
+    """
 
     ours: str
     sources: tuple[Source, ...]
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,15 @@ class Drop:
 
 @dataclass(frozen=True)
 class Alias:
-    """A second name of `of`, present in some files of tied models: must equal it when there, never written."""
+    """A second name of `of`, present in some files of models that share it: must equal it when there, and written where `written` says so.
+
+    cause   why there is one tensor for two names, and what to do about a file in which they differ.
+    """
 
     name: str
     of: str
+    written: bool = False
+    cause: str = "config.json ties them; set tie_word_embeddings to false to keep both"
 
 
 Rule = One | Cat | Stack | Drop | Alias
