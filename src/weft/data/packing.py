@@ -51,6 +51,11 @@ class PackedBatch:
         """Positions that are scored: the count that a loss is divided by."""
         return int(self.loss_mask.sum())
 
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are read: all but padding."""
+        return self.tokens.numel() if self.lengths is None else int(self.lengths.sum())
+
     def rows(self, start: int, stop: int) -> "PackedBatch":
         """Rows start … stop - 1 as a batch of their own; its `num_bytes` is 0 where `row_bytes` is not known."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}

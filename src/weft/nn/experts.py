@@ -71,9 +71,22 @@ class Experts(nn.Module):
         y = assignment.combine(self.units(assignment.dispatch(tokens), assignment.ends), weights).to(x.dtype).view_as(x)
         return y if self.shared is None else y + self.shared(x, step)[0], Side(aux=aux)
 
-    def after_step(self, stats: Mapping[str, Tensor]) -> None:
-        """Move the choice bias by the tokens that each expert had: `stats` are sums of aux over all micro-batches and processes."""
-        self.router.move_bias(stats["chosen"])
+    @torch.no_grad()
+    def after_step(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Move the choice bias by the tokens that each expert had.
+
+        Returns the least and the largest share of an expert as multiples of the fair one, the mean entropy of a token's shares in nats, and
+        the share of choices that found no room.
+        """
+        chosen = stats["chosen"]
+        self.router.move_bias(chosen)
+        total = chosen.sum().clamp(min=1)
+        shares = chosen * (self.spec.experts / total)
+        said = {"expert_share_min": shares.amin(), "expert_share_max": shares.amax()}
+        said["router_entropy"] = (stats["entropy"] / stats["tokens"].clamp(min=1)).sum()
+        if "dropped" in stats:
+            said["experts_dropped"] = (stats["dropped"] / total).sum()
+        return said
 
 
 def naive_experts(module: Experts, x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class Mixer(Protocol):
     views the same method is prefill (large T), decode (T = 1) and verification (T = k + 1). It never changes FIXED leaves.
 
     Optional: `commit(views, pending, accepted)` -> new FIXED leaves, pure, for state that is replayed rather than stored;
-    `prime(memory, lengths)` -> STATIC leaves; `after_step(stats)` for buffers that move after an optimiser step.
+    `prime(memory, lengths)` -> STATIC leaves; `after_step(stats)` -> scalars by name, for buffers that move after an optimiser step: its
+    own aux summed over the step, and what is said of it in turn.
     `fused_rows()` -> {parameter: rows}: which of its parameters hold several matrices one below the other, and the rows of each.
     """
 

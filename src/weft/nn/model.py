@@ -1,7 +1,7 @@
 """The model: embedding, blocks, head; and what it returns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -160,6 +160,28 @@ class Model(nn.Module):
         """Logits [..., vocab] of hidden states [..., D] that went through the final norm."""
         logits: Tensor = self.head(hidden, self.embed.weight)
         return logits
+
+    def after_step(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let layers move what no gradient moves, after an optimiser step.
+
+        stats  entries of `aux` under its names, summed over the step's micro-batches and processes.
+        Returns what the layers say of the step, scalars: the least over them for a name that ends in `_min`, the largest for `_max`,
+        else the mean.
+        """
+        said: dict[str, list[Tensor]] = {}
+        for site, block in self._sites():
+            for name, part in block.parts().items():
+                own = {key.rsplit(".", 1)[-1]: value for key, value in stats.items() if key.rsplit(".", 1)[0] == f"{site}.{name}"}
+                if own and hasattr(part, "after_step"):
+                    for key, value in part.after_step(own).items():
+                        said.setdefault(key, []).append(value)
+        reduce: dict[str, Any] = {"min": torch.amin, "max": torch.amax}
+        return {key: reduce.get(key.rsplit("_", 1)[-1], torch.mean)(torch.stack(values)) for key, values in said.items()}
+
+    def _sites(self) -> list[tuple[str, Block]]:
+        """Every layer under the name that its `aux` begins with."""
+        further = [(f"mtp.{k}", module.block) for k, module in enumerate(self.mtp, 1) if isinstance(module, MTPModule)]
+        return [*((str(i), block) for i, block in enumerate(self.layers())), *further]
 
     @property
     def device(self) -> torch.device:

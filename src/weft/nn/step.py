@@ -59,11 +59,14 @@ class Step:
         return cls(start, n_new, length, plain=True)
 
     @classmethod
-    def packed(cls, positions: Tensor, segments: Tensor) -> "Step":
-        """The training pass over packed rows: positions [B, T] restart at 0 with every document, segments [B, T] number them."""
+    def packed(cls, positions: Tensor, segments: Tensor, lengths: Tensor | None = None) -> "Step":
+        """The training pass over packed rows: positions [B, T] restart at 0 with every document, segments [B, T] number them; `lengths` [B]
+        tokens come before padding, which is a segment of its own.
+        """
         batch, length = positions.shape
         start = torch.zeros(batch, dtype=torch.long, device=positions.device)
-        return cls(start, torch.full_like(start, length), length, positions=positions, segments=segments)
+        n_new = torch.full_like(start, length) if lengths is None else lengths
+        return cls(start, n_new, length, positions=positions, segments=segments)
 
     def once(self, key: Any, compute: Callable[[], V]) -> V:
         """Return `compute()`, evaluated once a pass for each key: masks and rotary tables are shared between layers."""

@@ -33,9 +33,10 @@ def quantize(
     assert method == "rtn" or calibration, "gptq needs calibration texts"
     spec = ModelSpec.model_validate({**model.spec.model_dump(), "quant": quant})
     made = materialise(build(spec, "meta", torch.float32), model.device)
-    copied = dict(model.named_parameters())
-    for name, parameter in made.named_parameters():
-        parameter.copy_(copied[name])
+    copied = model.state_dict()
+    for name, tensor in made.state_dict().items():
+        if name in copied:
+            tensor.copy_(copied[name])
     packed = {name: module for name, module in made.named_modules() if isinstance(module, PackedWeight)}
     tables = {name: module for name, module in packed.items() if not name.startswith("blocks.")}
     table = Quant(type="int8")
@@ -62,10 +63,10 @@ def dequantize(model: Model) -> Model:
     """The same model with every packed weight written out in float32: what the packed one computes with, and no more."""
     plain = build(ModelSpec.model_validate({**model.spec.model_dump(), "quant": None}), "meta", torch.float32)
     made = materialise(plain, model.device)
-    own = dict(model.named_modules())
-    for name, parameter in made.named_parameters():
+    own, stored = dict(model.named_modules()), model.state_dict()
+    for name, tensor in made.state_dict().items():
         packed = own.get(name)
-        parameter.copy_(packed.dequantise() if isinstance(packed, PackedWeight) else model.get_parameter(name))
+        tensor.copy_(packed.dequantise() if isinstance(packed, PackedWeight) else stored[name])
     return made.eval()
 
 

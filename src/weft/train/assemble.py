@@ -83,7 +83,7 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
     model = build(plan.spec, device, weights, recipe.seed) if plan.checkpoint is None else load_weights(plan.checkpoint, device, weights)
     return Job(
         models={POLICY: model},
-        objective=NextToken(recipe.objective, depth=plan.spec.mtp.depth if plan.spec.mtp else 0),
+        objective=NextToken(recipe.objective, depth=plan.spec.mtp.depth if plan.spec.mtp else 0, spec=plan.spec),
         batches=batches,
         folder=folder,
         out=out,

@@ -57,7 +57,9 @@ class ProgressLine(Callback):
         left = "measuring the pace" if pace.seconds_left is None else f"{clock(pace.seconds_left)} left"
         loss = sum(row["loss"] for row in rows[-10:]) / len(rows[-10:])
         speed = f"{pace.tokens_per_s:,.0f} tok/s  MFU {pace.mfu:.0%}"
-        self._say(f"step {share}  loss {loss:.4f}{self._held_out}  {speed}  {left}", not self.in_place)
+        low, high = rows[-1].get("expert_share_min"), rows[-1].get("expert_share_max")
+        experts = "" if low is None else f"  experts {low:.2f} to {high:.2f} of fair"
+        self._say(f"step {share}  loss {loss:.4f}{self._held_out}{experts}  {speed}  {left}", not self.in_place)
 
     def on_evaluate(self, row: Row) -> None:
         bits = row.get("valid_bits_per_byte")

@@ -24,17 +24,19 @@ class History:
         self.world = world
         self._notes: list[tuple[Row, Mapping[str, float], Mapping[str, float]]] = []
         self._names: list[str] = []
+        self._said: list[str] = []
         self._values: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self._notes)
 
-    def note(self, row: Row, counts: Mapping[str, float], sums: Sums, norm: Tensor) -> None:
-        """Remember one step: `row` is completed with its losses and metrics when it is fetched."""
-        self._names = list(sums.sums)
+    def note(self, row: Row, counts: Mapping[str, float], sums: Sums, said: Mapping[str, Tensor]) -> None:
+        """Remember one step: `row` is completed with its losses and metrics when it is fetched, and with `said`, scalars that every process
+        knows already for all of them; the gradient's norm is one."""
+        self._names, self._said = list(sums.sums), list(said)
         values = sums.row()
-        norm = norm if self.world.leads else torch.zeros_like(norm)
-        self._values.append(torch.cat([values, norm.to(values.dtype).reshape(1)]))
+        known = torch.stack([value.to(values.dtype) for value in said.values()])
+        self._values.append(torch.cat([values, known if self.world.leads else torch.zeros_like(known)]))
         self._notes.append((row, counts, sums.weights))
 
     def fetch(self) -> list[Row]:
@@ -55,7 +57,14 @@ class History:
                 loss += weights[name] * total / max(count, 1.0)
             parts[name] = total / count if count else None
         terms = {name: parts.pop(name) for name in counts}
-        return {"step": row["step"], "loss": loss, **(terms if len(terms) > 1 else {}), **parts, "grad_norm": values[-1], **row}
+        return {
+            "step": row["step"],
+            "loss": loss,
+            **(terms if len(terms) > 1 else {}),
+            **parts,
+            **dict(zip(self._said, values[2 * size :], strict=True)),
+            **row,
+        }
 
 
 def check_finite(rows: list[Row], kept: str) -> None:

@@ -73,5 +73,9 @@ class Objective(Protocol[B]):
     def counts(self, batch: B) -> dict[str, int]: ...
 
     def loss(self, models: Models, batch: B) -> tuple[dict[str, Term], dict[str, Term]]:
-        """Terms to minimise, and metrics: sums and counts that are averaged in the same way and carry no gradient."""
+        """Terms to minimise, and metrics: sums and counts that are averaged in the same way and carry no gradient.
+
+        A metric whose sum is a vector is no number to show but a statistic, named `<role>/<name in aux>`: summed over micro-batches and
+        processes, it is handed to the model's `after_step` once its weights are updated.
+        """
         ...

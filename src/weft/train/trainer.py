@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from weft.errors import UserError
 from weft.machine import synchronize
@@ -147,13 +148,17 @@ class Trainer:
         window, raised = open_window(self.job.objective, batch, self.job.micro, self.device, self.world, flags)
         sums = run_window(window, self.compute, self.parameters, self.world)
         row: Row = {"step": state.step + 1, "targets": next(iter(window.counts.values()))}
-        norms = []
+        norms: list[Tensor] = []
+        said: dict[str, Tensor] = {}
         for role, optimizer in self.optimizers.items():
             norms.append(clip_gradients(optimizer))
             factor = self.schedules[role].factor(state.step, state.total, state.probe)
             row |= {"lr" if role == POLICY else f"{role}_lr": optimizer.settings.lr * factor}
             optimizer.step(factor)
-        self.history.note(row, window.counts, sums, norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt())
+            stats = {name.removeprefix(f"{role}/"): value for name, value in sums.stats.items() if name.startswith(f"{role}/")}
+            said |= {name if role == POLICY else f"{role}_{name}": v for name, v in self.job.models[role].after_step(stats).items()}
+        said["grad_norm"] = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+        self.history.note(row, window.counts, sums, said)
         return raised
 
     def _after_step(self, seconds: float, stop: bool, log: bool, save: bool) -> bool:

@@ -84,15 +84,19 @@ def _detached(terms: Terms) -> Terms:
 
 
 class Sums:
-    """Running sums and counts of terms and metrics, kept on the device."""
+    """Running sums and counts of terms and metrics, kept on the device; `stats` are those metrics that are vectors."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor | float] = {}
         self.weights: dict[str, float] = {}
+        self.stats: dict[str, Tensor] = {}
 
     def add(self, computed: Computed) -> None:
         for name, term in {**computed.terms, **computed.metrics}.items():
+            if term.sum.dim():
+                self.stats[name] = term.sum if name not in self.stats else self.stats[name] + term.sum
+                continue
             first = name not in self.sums
             self.sums[name] = term.sum if first else self.sums[name] + term.sum
             self.counts[name] = term.count if first else self.counts[name] + term.count
@@ -120,4 +124,7 @@ def run_window(window: Window, compute: LossFunction, parameters: Sequence[torch
         torch.autograd.backward(computed.loss)
         sums.add(computed)
     world.sum_gradients(parameters)
+    if sums.stats:
+        total = world.sum(torch.cat(list(sums.stats.values())))
+        sums.stats = dict(zip(sums.stats, torch.split(total, [value.numel() for value in sums.stats.values()]), strict=True))
     return sums

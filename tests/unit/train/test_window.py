@@ -21,7 +21,7 @@ def _gradients(micro, objective=None, batch=None):
     window, _ = open_window(objective, batch or cases.batch_of(), micro, CPU, WORLD)
     sums = run_window(window, compute, list(model.parameters()), WORLD)
     history = History(WORLD)
-    history.note({"step": 1}, window.counts, sums, torch.tensor(0.0))
+    history.note({"step": 1}, window.counts, sums, {"grad_norm": torch.tensor(0.0)})
     return history.fetch()[0]["loss"], dict(cases.gradients(model)), window
 
 
