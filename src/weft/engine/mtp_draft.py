@@ -59,7 +59,7 @@ class MTPDrafter:
         memory: int | None = None,
     ) -> None:
         self.model, self.longest = model.eval(), check_depth(model.spec, depth)
-        self._modules = [cast(MTPModule, module) for module in model.mtp]
+        self._modules = [cast(MTPModule, module) for module in model.mtp[: self.longest]]
         chunk = max(chunk, len(self._modules))
         context = min(context or model.spec.context, model.spec.context)
         with torch.inference_mode():

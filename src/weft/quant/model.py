@@ -38,10 +38,9 @@ def quantize(
         if name in copied:
             tensor.copy_(copied[name])
     packed = {name: module for name, module in made.named_modules() if isinstance(module, PackedWeight)}
-    tables = {name: module for name, module in packed.items() if not name.startswith("blocks.")}
-    table = Quant(type="int8")
-    for name, module in tables.items():
-        module.fill(*round_to_nearest(copied[name], table))
+    for name, module in packed.items():
+        if not name.startswith("blocks."):  # tables in 8 bits; modules for multi-token prediction, which guess, without calibration
+            module.fill(*round_to_nearest(copied[name], quant if name.startswith("mtp.") else Quant(type="int8")))
     states = _Calibration(model, calibration) if method == "gptq" else None
     for i in range(len(model.blocks)):
         own = {name: module for name, module in packed.items() if name.startswith(f"blocks.{i}.")}

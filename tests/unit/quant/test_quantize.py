@@ -8,6 +8,9 @@ import sys
 import pytest
 import torch
 
+from weft.engine import Engine, Request, SamplingParams
+from weft.engine.mtp_draft import MTPDrafter
+from weft.engine.speculation import FixedLength, Speculation
 from weft.nn import build
 from weft.nn.packed import PackedWeight
 from weft.quant import Reference, dequantize, quantize
@@ -50,6 +53,21 @@ def test_rounding_is_within_half_a_step():
     back = PackedWeight(8, 64, "int8").fill(*codes).dequantise()
     step = weight.view(8, 2, 32).abs().amax(-1, keepdim=True) / 127
     assert ((back - weight).view(8, 2, 32).abs() <= 0.51 * step).all()
+
+
+@pytest.mark.parametrize("quant", [Quant(type="int8"), Quant(type="int4", minimum=True)])
+def test_modules_for_multi_token_prediction_are_rounded_and_draft(quant):
+    model = build(model_spec({**SPEC, "mtp": {"depth": 2}}), seed=4).eval()
+    made = quantize(model, quant)
+    matrix = made.mtp[1].eh_proj.weight
+    assert isinstance(matrix, PackedWeight)
+    assert matrix.kind == quant.type
+    right = PackedWeight(64, 128, quant.type, quant.minimum).fill(*round_to_nearest(model.mtp[1].eh_proj.weight, quant))
+    assert torch.equal(matrix.dequantise(), right.dequantise())
+    request = Request([3, 1, 4, 1, 5], SamplingParams(max_tokens=40))
+    engine = Engine(made, draft=Speculation(MTPDrafter(made), FixedLength(2)))
+    assert engine.generate([request])[0].ids == Engine(made).generate([request])[0].ids
+    assert engine.stats.drafted_tokens > 40
 
 
 @pytest.mark.parametrize("spec", [SPEC, HYBRID])
