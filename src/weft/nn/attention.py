@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from weft.nn.attend import attend_fused, attend_grouped
 from weft.nn.attend_banded import attend_banded, with_sink
 from weft.nn.attend_blocked import HIDDEN, MAX_LENGTH, attend_blocked, causal_bias
+from weft.nn.attend_flex import attend_flex, block_mask, suits_flex
 from weft.nn.attend_in_place import AttendSettings, attend_in_place, can_attend_in_place
 from weft.nn.fill import fill_normal
 from weft.nn.linear import Linear
@@ -101,6 +102,11 @@ class Attention(nn.Module):
             if q.shape[1] <= MAX_LENGTH and softcap is None and self.sink is None:
                 bias = step.once(("causal bias", self.rule), lambda: self._bias(step))
                 return attend_blocked(q, k, v, bias, self.scale, self.spec.window)
+        sparse = self.band or self.pattern
+        if dropout == 0.0 and ordered and sparse is not None and suits_flex(q) and not self._sees_all(q.shape[1]):
+            blocks = step.once(("block mask", self.rule), lambda: block_mask(step, sparse))
+            mixed, logs = attend_flex(q, k, v, blocks, self.scale, softcap)
+            return mixed if self.sink is None else with_sink(mixed, logs, self.sink)
         plain = softcap is None and self.sink is None
         if plain and self.spec.causal and step.plain and self._sees_all(q.shape[1]):
             return attend_fused(q, k, v, None, self.scale, dropout)
