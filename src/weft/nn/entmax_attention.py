@@ -1,6 +1,7 @@
 """Self-attention with alpha-entmax in place of softmax."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class EntmaxAttention(Attention):
     """Queries, keys, values and state are those of `Attention`; the weights alone differ (Correia et al. 2019).
 
     A parallel pass reports `zeros` [H] in `Side.aux`, how many of the keys that queries might see got no weight at all, and `pairs` [],
-    how many there were, both float32.
+    how many there were, both float32; training shows the shares.
     """
 
     def __init__(self, spec: EntmaxAttentionSpec, site: Site) -> None:
@@ -49,6 +50,16 @@ class EntmaxAttention(Attention):
         mixed, weights = attend_entmax(q, k, v, mask, self.scale, self.alpha, dropout)
         side = Side(aux=_zeros(weights, mask, step)) if views is None else Side()
         return self.out(mixed.reshape(batch, length, -1)), side
+
+    @torch.no_grad()
+    def after_step(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The share of exact zeros among what queries might see: of all heads, and of the heads with the least and the most. Where alphas
+        are learned, the same of them."""
+        shares = stats["zeros"] / stats["pairs"].clamp(min=1)
+        said = {"zeros": shares.mean(), "zeros_min": shares.amin(), "zeros_max": shares.amax()}
+        if isinstance(alpha := self.alpha, Tensor):
+            said |= {"alpha": alpha.mean(), "alpha_min": alpha.amin(), "alpha_max": alpha.amax()}
+        return said
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from weft.spec import Experts, ModelSpec
 from weft.train.objective import Term
 
-STATISTICS = ("chosen", "entropy", "tokens", "dropped")
+STATISTICS = ("chosen", "entropy", "tokens", "dropped", "zeros", "pairs")
 
 
 class Auxiliary:

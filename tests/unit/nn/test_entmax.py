@@ -4,9 +4,11 @@ import entmax as reference
 import pytest
 import torch
 
+from weft.data.packing import PackedBatch
 from weft.errors import UserError
 from weft.nn import Arena, Runner, Step, build
 from weft.nn.entmax import attend_entmax, attend_entmax_naive, entmax, entmax_naive
+from weft.objectives.next_token import NextToken
 from weft.spec import EntmaxAttention, model_spec, parse
 
 ALPHAS = [1.05, 1.3, 1.5, 1.9, 2.0, 3.0]
@@ -170,6 +172,20 @@ def test_reports_the_share_of_exact_zeros_a_head():
     assert (share < 1).all()
     softer = model(alpha=1.02).eval()(tokens).aux
     assert (softer["0.mixer.zeros"] == 0).all(), "control: near softmax nothing is zero"
+
+
+def test_training_shows_the_shares_over_heads_and_layers():
+    net, tokens = model(learn_alpha=True, alpha=1.8), torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch = PackedBatch(tokens, tokens.roll(-1, 1), torch.arange(12).expand(2, -1), None, torch.ones_like(tokens, dtype=torch.bool), 0)
+    _, metrics = NextToken(spec=net.spec).loss({"policy": net}, batch)
+    stats = {name.removeprefix("policy/"): 2 * metric.sum for name, metric in metrics.items()}  # as if of two equal micro-batches
+    said, aux = net.after_step(stats), net(tokens).aux
+    shares = torch.stack([aux[f"{i}.mixer.zeros"] / aux[f"{i}.mixer.pairs"] for i in range(2)])
+    assert said["zeros_min"] == shares.min()
+    assert said["zeros_max"] == shares.max()
+    assert (said["zeros"] - shares.mean()).abs() < 1e-7
+    assert (said["alpha"] - 1.8).abs() < 1e-12
+    assert said["zeros_min"] < said["zeros_max"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"alpha": 1.3}, {"learn_alpha": True, "window": 4}])
