@@ -19,7 +19,9 @@ from weft.weights.gguf import GGUF, read_gguf
 from weft.weights.gguf_packed import fill_packed, stored_quant
 from weft.weights.hub import find_model
 from weft.weights.map import TensorSource, identity_rules, load_tensors, stored_state
+from weft.weights.scaled import ScaledFiles
 from weft.zoo import FAMILIES, Family, from_config, llama_gguf
+from weft.zoo.config import scaled_blocks
 from weft.zoo.family import explained
 from weft.zoo.rules import Rule
 
@@ -122,7 +124,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return _open_gguf(path)
     config = read_config(path)
     family, spec = from_config(config)
-    files = TensorFiles(path)
+    block = scaled_blocks(config)
+    files = TensorFiles(path) if block is None else ScaledFiles(path, block)
     return Checkpoint(path, family, family.held(spec, files.names), config, files)
 
 

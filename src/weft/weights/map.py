@@ -160,7 +160,7 @@ def _pairs(heads: Tensor) -> Tensor:
 def _read(files: TensorSource, name: str, source: Source, place: Tensor) -> None:
     if isinstance(source, Interleave):
         heads = place.view(source.heads, -1, *place.shape[1:])
-        stored = files.read(name).view(heads.shape)
+        stored = files.read(name, place.dtype).view(heads.shape)
         heads[:, : source.plain].copy_(stored[:, : source.plain])
         turned = _pairs(heads[:, source.plain :])
         turned.copy_(stored[:, source.plain :].reshape(turned.shape))

@@ -63,8 +63,12 @@ class ConfigReader:
         for name in classes:
             if known and name not in known:
                 raise self.refuse("architectures", f"Weft reads {' and '.join(known)}; give a language model's folder.")
-        if config.get("quantization_config") is not None:
-            raise self.refuse("quantization_config", "Weft reads unquantised safetensors, or GGUF; take one of these instead.")
+        self._read.add("quantization_config")
+        if config.get("quantization_config") is not None and scaled_blocks(config) is None:
+            raise self.refuse(
+                "quantization_config",
+                "Weft reads fp8 with weight_block_size, unquantised safetensors, and GGUF; take one of these instead.",
+            )
 
     def refuse(self, key: str, remedy: str) -> UserError:
         """The error for a key whose value cannot be honoured."""
@@ -137,6 +141,17 @@ class ConfigReader:
                 f"Weft does not know this key of {self.model_type} and will not guess."
                 f"{nearest(key, self._read)} Remove it from config.json if it does not change what the model computes.",
             )
+
+
+def scaled_blocks(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that share a factor, in a checkpoint of 8-bit floats (DeepSeek-V3, Qwen3-FP8); None for any other."""
+    given = config.get("quantization_config")
+    if not isinstance(given, Mapping) or given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3":
+        return None
+    block = given.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        return None
+    return block[0], block[1]
 
 
 def activation_name(ours: Activation, names: Mapping[str, Activation]) -> str:
