@@ -91,6 +91,8 @@ def test_weights_that_move_are_found_again(monkeypatch):
         ([{"repeat": 2, **PLAIN}], {"norm": {"type": "layer"}}),
         ([{"repeat": 2, **PLAIN}], {"quant": "nf4"}),
         ([PLAIN, WINDOW], {}),
+        ([{"repeat": 2, **layer(rope={}, sink_logits=True)}], {}),
+        ([{"repeat": 2, **layer(rope={}, pattern={"type": "streaming", "window": 8, "sinks": 2})}], {}),
     ],
 )
 def test_layers_of_another_kind_are_left_to_themselves(layers, fields):

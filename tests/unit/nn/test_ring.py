@@ -1,11 +1,15 @@
-"""Rings with pinned slots: what they hold after any writes, in every dtype of state, and that the pinned slots are needed."""
+"""Rings with pinned slots: what they hold after any writes, in every dtype of state, and that the pinned slots are needed.
+
+And that kernels which know windows alone are not asked for what they do not know.
+"""
 
 import random
 
 import pytest
 import torch
 
-from weft.nn import Arena, Step, build
+from weft import kernels
+from weft.nn import Arena, Step, attention, build
 from weft.nn.views import Ring
 from weft.spec import model_spec
 
@@ -56,3 +60,27 @@ def test_state_in_any_dtype_and_without_pins():
     assert drift(torch.float32) < 1e-5
     assert 1e-4 < drift(torch.int8) < 0.1
     assert drift(torch.float64, pinned=2) > 0.01, "control: a ring that pins one position less loses it"
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler, or WEFT_KERNELS=off")
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({"pattern": None, "window": 6}, 2),
+        ({}, 0),
+        ({"pattern": None, "sink_logits": True}, 0),
+        ({"pattern": {"type": "fixed", "stride": 5}}, 0),
+    ],
+    ids=str,
+)
+def test_kernels_are_asked_for_what_they_know(monkeypatch, changes, taken):
+    spec = {"vocab": 31, "dim": 64, "init_std": 0.3, "layers": [{"mixer": {**STREAMING, **changes}}] * 2}
+    model = build(model_spec(spec), dtype=torch.float32, seed=0).eval()
+    tokens = torch.randint(31, (1, 20), generator=torch.Generator().manual_seed(1))
+    calls, original = [], attention.attend_in_place
+    monkeypatch.setattr(attention, "attend_in_place", lambda *arguments: (calls.append(1), original(*arguments))[1])
+    arena = Arena(model, 1, 20, 20)
+    with torch.inference_mode():
+        got = model(tokens, arena.step(torch.tensor([20]), 20), arena.views()).logits
+        assert (got - model(tokens).logits).abs().max() < 1e-4
+    assert len(calls) == taken

@@ -23,12 +23,13 @@ from weft.weights.save import save_model
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     parent = tmp_path_factory.mktemp("models")
-    return {name: folder(name, parent) for name in ("llama", "ring", "hybrid")}
+    return {name: folder(name, parent) for name in ("llama", "ring", "sparse", "hybrid")}
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("llama", "float32"), ("llama", "bfloat16"), ("ring", "float32"), ("ring", "bfloat16"), ("ring", "float16")]
+    + [("sparse", "bfloat16")]
     + [("hybrid", dtype) for dtype in ("float32", "bfloat16", "float64")],
 )
 def test_sound_models_pass(name: str, dtype: str, folders: dict[str, Path]) -> None:
@@ -36,7 +37,7 @@ def test_sound_models_pass(name: str, dtype: str, folders: dict[str, Path]) -> N
     assert report.passed, [check.as_dict() for check in report.checks]
     assert report.dtype == dtype
     skipped = [check.name for check in report.checks if check.outcome.status == "skipped"]
-    assert skipped == (["parity with transformers"] if name == "hybrid" else [])
+    assert skipped == (["parity with transformers"] if name in ("sparse", "hybrid") else [])
 
 
 def test_the_ring_wraps_and_prompts_leave_room(folders: dict[str, Path]) -> None:

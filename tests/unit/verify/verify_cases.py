@@ -1,4 +1,4 @@
-"""Small models to verify: Llama-shaped, Mistral-shaped with a ring that wraps, and a hybrid with recurrent layers."""
+"""Small models to verify: Llama-shaped, Mistral-shaped with a ring that wraps, sparse patterns, and a hybrid with recurrent layers."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -22,6 +22,12 @@ GATED = {"type": "gated", "hidden": 48}
 LAYERS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"repeat": 2, "mixer": ATTENTION, "channel": GATED}],
     "ring": [{"repeat": 2, "mixer": {**ATTENTION, "window": 11}, "channel": GATED}],
+    "sparse": [
+        {"mixer": {**ATTENTION, "pattern": {"type": "streaming", "window": 9, "sinks": 3}, "sink_logits": True}, "channel": GATED},
+        {"mixer": {**ATTENTION, "pattern": {"type": "dilated", "window": 4, "dilation": 3, "global_tokens": 2}}, "channel": GATED},
+        {"mixer": {**ATTENTION, "pattern": {"type": "fixed", "stride": 8, "summary": 2}}, "channel": GATED},
+        {"mixer": {**ATTENTION, "pattern": {"type": "strided", "stride": 6}}, "channel": GATED},
+    ],
     "hybrid": [
         {"mixer": ATTENTION, "channel": GATED},
         {"mixer": {"type": "mamba", "state_dim": 4}},
