@@ -29,7 +29,8 @@ class Weight:
 def trained_weights(model: Model) -> list[Weight]:
     """Every parameter that requires a gradient, in the model's order, a tied one once."""
     fused = dict(_fused(model))
-    linear = {f"{name}.weight" for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, nn.Linear)}
+    layers = [*model.blocks.named_modules(prefix="blocks"), *model.mtp.named_modules(prefix="mtp")]
+    linear = {f"{name}.weight" for name, module in layers if isinstance(module, nn.Linear)}
     weights = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -22,7 +22,7 @@ from weft.tokenizer import load_tokenizer
 from weft.weights.save import save_model
 
 TOLERANCE = 1e-10
-NAMES = ["gqa", "window", "lstm", "mamba", "learned", "hybrid"]
+NAMES = ["gqa", "window", "mamba", "hybrid"]
 
 
 def with_modules(spec: ModelSpec, kind="sequential", depth=2) -> ModelSpec:

@@ -10,6 +10,7 @@ from weft.nn import Step
 from weft.objectives.mtp import shifted
 from weft.objectives.next_token import NextToken, step_of
 from weft.objectives.settings import NextTokenSettings
+from weft.train.matrices import trained_weights
 from weft.train.objective import POLICY
 from weft.train.parallel import World
 from weft.train.window import loss_function, open_window, run_window
@@ -108,6 +109,14 @@ def test_learning_to_look_ahead_works(tmp_path):
         optimiser.step()
     for name in ("next_token", "mtp_1", "mtp_3"):
         assert losses[-1][name] < losses[0][name] / 4
+
+
+def test_matrices_of_the_modules_are_trained_as_those_of_layers():
+    kinds = {weight.name: (weight.kind, weight.rows) for weight in trained_weights(model_of())}
+    assert kinds["mtp.0.eh_proj.weight"] == ("matrix", (16,))
+    for part in ("mixer.qkv", "mixer.out", "channel.gate_up", "channel.down", "mixer_norm"):
+        assert kinds[f"mtp.1.block.{part}.weight"] == kinds[f"blocks.1.{part}.weight"]
+    assert kinds["mtp.0.enorm.weight"][0] == "vector"
 
 
 def test_compiles_with_the_model_to_one_graph():
