@@ -1,5 +1,7 @@
 """Attention to a band of keys in time and memory that grow linearly with the text: windows, dilated windows, pinned first positions.
 
+The strided pattern is two bands, one of which has no end: its time is that of dense attention over its stride.
+
 Queries are taken in blocks of C; a block of a window W looks at C + W - 1 keys. Weights are not kept for the backward pass but worked out
 again from the logarithm of each row's sum of exponentials (Dao et al. 2022, algorithms 1 and 4): what is kept are q, k, v, the output and
 that logarithm. A dilated window is a plain one within each residue class of positions. Pinned positions are a second, narrow attention,
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from weft.spec import Band
+from weft.spec import Band, Strided
 
 LOG2_E = math.log2(math.e)  # exp(x) as exp2(x log2 e), as in `attend_blocked`
 BLOCK = 128
@@ -41,6 +43,23 @@ def attend_banded(
     where = None if positions is None else document[:, :, None] + seen
     hidden = seen > (index if positions is None else positions)[:, :, None]
     return _joined(near, _attend_pinned(q, k, v, where, hidden, scale, softcap))
+
+
+def attend_strided(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, pattern: Strided, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same for a strided pattern's far part, with or without its local part."""
+    length, stride = q.shape[1], pattern.stride
+    far = attend_banded(q, k, v, positions, Band(-(-length // stride), stride), scale, softcap)
+    if pattern.part == "far":
+        return far
+    # The local part without what the far part has of it, the query itself and the token one stride back: keys 1 ... stride - 1 tokens
+    # back, each moved one place on.
+    index = torch.arange(1, length + 1, device=q.device)[None]
+    first = torch.ones_like(index) if positions is None else index - positions
+    k, v = (torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) for x in (k, v))
+    local: tuple[Tensor, Tensor] = torch.ops.weft.attend_window(q.to(v.dtype), k.to(v.dtype), v, first, stride - 1, scale, softcap or 0.0)
+    return _joined(far, local)
 
 
 def with_sink(mixed: Tensor, logs: Tensor, sink: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.nn.attend import attend_fused, attend_grouped
-from weft.nn.attend_banded import attend_banded, with_sink
+from weft.nn.attend_banded import attend_banded, attend_strided, with_sink
 from weft.nn.attend_blocked import HIDDEN, MAX_LENGTH, attend_blocked, causal_bias
 from weft.nn.attend_flex import attend_flex, block_mask, suits_flex
 from weft.nn.attend_in_place import AttendSettings, attend_in_place, can_attend_in_place
@@ -15,7 +15,7 @@ from weft.nn.norm import build_norm
 from weft.nn.rope import Rope, rotate
 from weft.nn.step import Step, allowed
 from weft.spec import Attention as AttentionSpec
-from weft.spec import StateSpec
+from weft.spec import StateSpec, Strided
 
 
 @register(AttentionSpec)
@@ -96,17 +96,18 @@ class Attention(nn.Module):
         dropout, softcap = self.dropout if self.training else 0.0, self.spec.softcap
         ordered = self.spec.causal and (step.plain or step.segments is not None)  # then a later token of a row is never a key
         if dropout == 0.0 and ordered and q.device.type == "cpu":
+            rows = None if step.plain else step.positions
             if self.band is not None and self._suits_bands(q.shape[1]):
-                mixed, logs = attend_banded(q, k, v, None if step.plain else step.positions, self.band, self.scale, softcap)
-                return mixed if self.sink is None else with_sink(mixed, logs, self.sink)
+                return self._with_sink(*attend_banded(q, k, v, rows, self.band, self.scale, softcap))
+            if self.band is None and isinstance(self.pattern, Strided) and q.shape[1] > self.pattern.stride:
+                return self._with_sink(*attend_strided(q, k, v, rows, self.pattern, self.scale, softcap))
             if q.shape[1] <= MAX_LENGTH and softcap is None and self.sink is None:
                 bias = step.once(("causal bias", self.rule), lambda: self._bias(step))
                 return attend_blocked(q, k, v, bias, self.scale, self.spec.window)
         sparse = self.band or self.pattern
         if dropout == 0.0 and ordered and sparse is not None and suits_flex(q) and not self._sees_all(q.shape[1]):
             blocks = step.once(("block mask", self.rule), lambda: block_mask(step, sparse))
-            mixed, logs = attend_flex(q, k, v, blocks, self.scale, softcap)
-            return mixed if self.sink is None else with_sink(mixed, logs, self.sink)
+            return self._with_sink(*attend_flex(q, k, v, blocks, self.scale, softcap))
         plain = softcap is None and self.sink is None
         if plain and self.spec.causal and step.plain and self._sees_all(q.shape[1]):
             return attend_fused(q, k, v, None, self.scale, dropout)
@@ -114,6 +115,9 @@ class Attention(nn.Module):
         if plain:
             return attend_fused(q, k, v, mask, self.scale, dropout)
         return attend_grouped(q, k, v, mask, self.scale, softcap, dropout, self.sink)
+
+    def _with_sink(self, mixed: Tensor, logs: Tensor) -> Tensor:
+        return mixed if self.sink is None else with_sink(mixed, logs, self.sink)
 
     def _sees_all(self, length: int) -> bool:
         return self.pattern is None and (self.spec.window or length) >= length

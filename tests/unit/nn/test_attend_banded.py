@@ -7,7 +7,7 @@ from weft.nn import Step, attend_banded, attention, build
 from weft.nn.attend import attend_grouped, attend_naive
 from weft.nn.attend_banded import BLOCK, with_sink
 from weft.nn.step import allowed
-from weft.spec import Band, Dilated, model_spec
+from weft.spec import Band, Dilated, Strided, model_spec
 
 # T, band, tokens a document (None: one), soft cap
 CASES = [
@@ -66,6 +66,24 @@ def test_equals_naive(length, band, document, softcap):
     if length > 5 and band.width < length:
         wrong = results(banded(step, band._replace(width=band.width + 1), softcap), q, k, v, sink, g)
         assert all((a - b).abs().max() > 1e-6 for a, b in zip(wrong, want, strict=True)), "control: one key more shows everywhere"
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("document", [None, 50])
+@pytest.mark.parametrize("pattern", [Strided(stride=2), Strided(stride=7, part="far"), Strided(stride=20)], ids=repr)
+def test_strided_equals_naive(pattern, document, softcap):
+    q, k, v, step, g, sink = inputs(BLOCK + 39, document)
+    positions, mask = None if step.plain else step.positions, mask_of(step, pattern)
+
+    def strided(pattern):
+        return lambda q, k, v, sink: with_sink(*attend_banded.attend_strided(q, k, v, positions, pattern, 0.4, softcap), sink)
+
+    want = results(lambda q, k, v, sink: attend_naive(q, k, v, mask, 0.4, softcap, sink), q, k, v, sink, g)
+    got = results(strided(pattern), q, k, v, sink, g)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    wrong = results(strided(Strided(stride=pattern.stride + 1, part=pattern.part)), q, k, v, sink, g)
+    assert all((a - b).abs().max() > 1e-6 for a, b in zip(wrong, want, strict=True)), "control: another stride shows everywhere"
 
 
 def test_without_a_sink_and_in_low_precision():
