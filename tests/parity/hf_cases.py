@@ -77,6 +77,8 @@ def mamba(**changes: Any) -> Callable[[], Any]:
 SHARP = {**YARN, "rope_theta": 1000.0, "mscale": 0.707, "mscale_all_dim": 0.707}
 UNEVEN = {**YARN, "rope_theta": 1000.0, "mscale": 1.0, "mscale_all_dim": 0.6, "beta_fast": 20.0}
 LIMITED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0}
+# Grouped products of transformers take sizes that are multiples of four alone.
+MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 MIXED = ["full_attention", "sliding_attention", "full_attention"]
 
 CASES = [
@@ -110,6 +112,16 @@ CASES = [
     Case("qwen3", "qwen3", decoder("Qwen3", head_dim=10)),
     Case("qwen3-biased-tied", "qwen3", decoder("Qwen3", head_dim=8, attention_bias=True, tie_word_embeddings=True)),
     Case("qwen3-windows", "qwen3", decoder("Qwen3", head_dim=8, use_sliding_window=True, sliding_window=5, layer_types=MIXED)),
+    Case("mixtral", "mixtral", decoder("Mixtral", intermediate_size=76, num_local_experts=5, num_experts_per_tok=2, rms_norm_eps=1e-6)),
+    Case(
+        "mixtral-windows", "mixtral", decoder("Mixtral", intermediate_size=76, num_local_experts=3, num_experts_per_tok=3, sliding_window=5)
+    ),
+    Case("qwen3_moe", "qwen3_moe", decoder("Qwen3Moe", head_dim=10, **MOE)),
+    Case(
+        "qwen3_moe-normalised-some-dense",
+        "qwen3_moe",
+        decoder("Qwen3Moe", **{**MOE, "norm_topk_prob": True, "mlp_only_layers": [1], "attention_bias": True}),
+    ),
     Case("gemma2", "gemma2", decoder("Gemma2", head_dim=10, query_pre_attn_scalar=13, sliding_window=5, num_hidden_layers=4)),
     Case(
         "gemma2-untied-uncapped",

@@ -43,6 +43,13 @@ def llama(tied: bool) -> ModelSpec:
     return model_spec({"vocab": 40000, "dim": 768, "norm": {"type": "rms"}, "tie_embeddings": tied, "layers": [block]})
 
 
+def mixtral() -> ModelSpec:
+    """Several tensors of the file for one parameter of each layer."""
+    channel = {"type": "experts", "experts": 8, "top_k": 2, "hidden": 512}
+    block = {"repeat": 6, "mixer": {"type": "attention", "heads": 8, "kv_heads": 2, "rope": {}}, "channel": channel}
+    return model_spec({"vocab": 8000, "dim": 768, "norm": {"type": "rms"}, "tie_embeddings": False, "layers": [block]})
+
+
 def gpt2() -> ModelSpec:
     """Matrices that lie transposed in the file."""
     mixer = {"type": "attention", "heads": 8, "qkv_bias": True, "out_bias": True}
@@ -60,8 +67,9 @@ def gpt2() -> ModelSpec:
         (llama(False), torch.float32, "float32"),
         (llama(False), torch.float32, "bfloat16"),
         (gpt2(), torch.float32, "float32"),
+        (mixtral(), torch.float32, "bfloat16"),
     ],
-    ids=["llama tied", "llama untied", "llama to bfloat16", "gpt2"],
+    ids=["llama tied", "llama untied", "llama to bfloat16", "gpt2", "mixtral to bfloat16"],
 )
 def test_peak_memory_of_loading(spec: ModelSpec, stored: torch.dtype, wanted: str, tmp_path: Path) -> None:
     model = build(spec, dtype=stored)

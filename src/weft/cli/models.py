@@ -60,6 +60,7 @@ def _facts(item: "Entry") -> dict[str, Any]:
         "name": item.name,
         "family": item.family,
         "parameters": spec.num_params(),
+        "active_parameters": spec.num_params(active=True),
         "published": item.published,
         "source": item.source,
         "misprint": item.misprint,
@@ -78,10 +79,10 @@ def _print_table(chosen: "list[Entry]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold")
     table.add_column("name", no_wrap=True)
     table.add_column("family", no_wrap=True)
-    for heading in ("parameters", "published", "context", "state,\na token", "state,\nfull"):
+    for heading in ("params", "active", "published", "context", "state,\na token", "state,\nfull"):
         table.add_column(heading, justify="right", no_wrap=True)
     for item in chosen:
         facts = _facts(item)
@@ -89,6 +90,7 @@ def _print_table(chosen: "list[Entry]") -> None:
             item.name + (" *" if item.misprint else ""),
             item.family,
             short_count(facts["parameters"]),
+            short_count(facts["active_parameters"]) if facts["active_parameters"] < facts["parameters"] else "",
             short_count(item.published),
             f"{facts['context']:,}",
             short_bytes(facts["state_bytes_per_token"]),
@@ -106,9 +108,10 @@ def _show_one(item: "Entry", json_output: bool) -> None:
     if json_output:
         emit_json({**facts, "spec": item.spec.model_dump(mode="json", exclude_defaults=True)})
         return
+    active = f", of which a token meets {facts['active_parameters']:,}" if facts["active_parameters"] < facts["parameters"] else ""
     lines = [
         f"# {item.name}, family {item.family}",
-        f"# parameters         {facts['parameters']:,}",
+        f"# parameters         {facts['parameters']:,}{active}",
         f"# published          {item.published:,} ({item.source})",
         f"# without embeddings {item.spec.num_params(embeddings=False):,}",
         f"# forward pass       {facts['flops_per_token'] / 1e9:,.2f} GFLOP for the first token",

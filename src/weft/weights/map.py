@@ -70,7 +70,8 @@ class _Names:
         self.known: set[str] = set()
         for rule in rules:
             optional = [rule.name] if isinstance(rule, Drop | Alias) else []
-            for name in [*optional, *(word for source in _sources(rule) for word in (source.name, *source.older))]:
+            whole = (rule.whole,) if isinstance(rule, Stack) and rule.whole is not None else ()
+            for name in [*optional, *(word for source in (*_sources(rule), *whole) for word in (source.name, *source.older))]:
                 self.known.add(self.real(name))
         if extra := sorted(self.stored - self.known):
             close = nearest(extra[0], self.known)
@@ -95,7 +96,11 @@ def _plan(ours: dict[str, Tensor], rules: list[Rule], names: _Names, what: str) 
         if isinstance(rule, Drop | Alias):
             continue
         assert rule.ours in ours, f"the weight map fills {rule.ours}, which the model does not have"
-        for source, place in zip(_sources(rule), split(rule, ours.pop(rule.ours).detach()), strict=True):
+        tensor = ours.pop(rule.ours).detach()
+        pieces = list(zip(_sources(rule), split(rule, tensor), strict=True))
+        if isinstance(rule, Stack) and rule.whole is not None and names.find(rule.whole) is not None:
+            pieces = [(rule.whole, tensor)]
+        for source, place in pieces:
             name = names.find(source)
             if name is None:
                 missing.append(names.real(source.name))

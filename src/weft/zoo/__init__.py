@@ -7,7 +7,7 @@ import pydantic
 
 from weft.errors import UserError, nearest, unknown
 from weft.spec import ModelSpec
-from weft.zoo import deepseek, gemma, gemma3, gpt, gpt_neo, llama, mamba, mistral, qwen
+from weft.zoo import deepseek, gemma, gemma3, gpt, gpt_neo, llama, mamba, mistral, mixtral, qwen, qwen_moe
 from weft.zoo.family import Entry, Family, explained, expresses
 from weft.zoo.native import NATIVE
 
@@ -19,6 +19,8 @@ FAMILIES: dict[str, Family] = {
         mistral.MISTRAL,
         qwen.QWEN2,
         qwen.QWEN3,
+        mixtral.MIXTRAL,
+        qwen_moe.QWEN3_MOE,
         gemma.GEMMA2,
         gemma3.GEMMA3,
         gpt.GPT2,
@@ -34,9 +36,8 @@ FAMILIES: dict[str, Family] = {
 # Kinds of checkpoint that are near to what Weft reads, and what to do with them.
 REFUSED = {"gemma3": gemma3.IMAGES}
 
-ENTRIES: dict[str, Entry] = {
-    entry.name: entry for module in (gpt, gpt_neo, llama, mistral, qwen, gemma, gemma3, deepseek, mamba) for entry in module.ENTRIES
-}
+_MODULES = (gpt, gpt_neo, llama, mistral, mixtral, qwen, qwen_moe, gemma, gemma3, deepseek, mamba)
+ENTRIES: dict[str, Entry] = {entry.name: entry for module in _MODULES for entry in module.ENTRIES}
 
 __all__ = ["ENTRIES", "FAMILIES", "Entry", "Family", "describe", "entry", "family_of", "from_config"]
 

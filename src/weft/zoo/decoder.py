@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from weft.spec import Attention, Block, Dropout, Gated, ModelSpec, RMSNorm
+from weft.spec import Attention, Block, Dropout, Experts, Gated, ModelSpec, RMSNorm
 from weft.zoo.config import ConfigReader
+from weft.zoo.experts import COMMON, Names, experts_rules, gated_rules
 from weft.zoo.family import Inexpressible
 from weft.zoo.rope import write_rope
 from weft.zoo.rules import Cat, Copy, Drop, Rule, copy, head
@@ -51,14 +52,14 @@ def read_layers(reader: ConfigReader, key: str = "num_hidden_layers") -> int:
     return reader.integer(key, most=10_000)
 
 
-def write_body(spec: ModelSpec, mixer: Attention, channel: Gated) -> dict[str, Any]:
-    """The config keys that all these families have, from a spec and the parts of its first layer."""
+def write_body(spec: ModelSpec, mixer: Attention, hidden: int) -> dict[str, Any]:
+    """The config keys that all these families have, from a spec, the mixer of its first layer and the channels of a unit's inside."""
     if mixer.rope is None or not isinstance(spec.norm, RMSNorm):
         raise Inexpressible
     config: dict[str, Any] = {
         "vocab_size": spec.vocab,
         "hidden_size": spec.dim,
-        "intermediate_size": channel.hidden,
+        "intermediate_size": hidden,
         "num_hidden_layers": len(spec.blocks()),
         "num_attention_heads": mixer.heads,
         "num_key_value_heads": mixer.num_kv_heads,
@@ -84,8 +85,8 @@ def layer_types(sliding: list[int | None]) -> tuple[list[str], int | None]:
 LLAMA_NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "channel_norm"}
 
 
-def decoder_rules(spec: ModelSpec, norms: dict[str, str]) -> list[Rule]:
-    """The weight map of a Llama-like model; `norms` maps the layer norms' names in the file to ours."""
+def decoder_rules(spec: ModelSpec, norms: dict[str, str], experts: Names = COMMON) -> list[Rule]:
+    """The weight map of a Llama-like model; `norms` maps layer norms' names in the file to ours, `experts` has its words for experts."""
     embedding = "model.embed_tokens.weight"
     rows: list[Rule] = [
         copy(embedding, "embed.weight"),
@@ -93,34 +94,31 @@ def decoder_rules(spec: ModelSpec, norms: dict[str, str]) -> list[Rule]:
         head(spec.tie_embeddings, "lm_head.weight", embedding),
     ]
     for i, block in enumerate(spec.blocks()):
-        rows += _layer(f"model.layers.{i}", f"blocks.{i}", block, spec.dim, norms)
+        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        rows += _layer(theirs, ours, block, spec.dim, norms)
+        if isinstance(block.channel, Experts):
+            rows += experts_rules(theirs, f"{ours}.channel", block.channel, experts)
     return rows
 
 
 def _layer(theirs: str, ours: str, block: Block, dim: int, norms: dict[str, str]) -> list[Rule]:
     mixer, channel = block.mixer, block.channel
     assert isinstance(mixer, Attention)
-    assert isinstance(channel, Gated)
     width = mixer.width(dim)
     sizes = (mixer.heads * width, mixer.num_kv_heads * width, mixer.num_kv_heads * width)
-    attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+    attention = f"{theirs}.self_attn"
 
     def qkv(kind: str) -> Cat:
         return Cat(f"{ours}.mixer.qkv.{kind}", tuple(Copy(f"{attention}.{p}_proj.{kind}") for p in "qkv"), sizes)
 
-    def gate_up(kind: str) -> Cat:
-        sources = (Copy(f"{mlp}.gate_proj.{kind}"), Copy(f"{mlp}.up_proj.{kind}"))
-        return Cat(f"{ours}.channel.gate_up.{kind}", sources, (channel.hidden, channel.hidden))
-
     rows: list[Rule] = [copy(f"{theirs}.{name}.weight", f"{ours}.{norm}.weight") for name, norm in norms.items()]
     rows += [qkv("weight"), copy(f"{attention}.o_proj.weight", f"{ours}.mixer.out.weight")]
-    rows += [gate_up("weight"), copy(f"{mlp}.down_proj.weight", f"{ours}.channel.down.weight")]
+    if isinstance(channel, Gated):
+        rows += gated_rules(f"{theirs}.mlp", f"{ours}.channel", channel.hidden, channel.bias)
     if mixer.qkv_bias:
         rows.append(qkv("bias"))
     if mixer.out_bias:
         rows.append(copy(f"{attention}.o_proj.bias", f"{ours}.mixer.out.bias"))
     if mixer.qk_norm is not None:
         rows += [copy(f"{attention}.{p}_norm.weight", f"{ours}.mixer.{p}_norm.weight") for p in "qk"]
-    if channel.bias:
-        rows += [gate_up("bias"), copy(f"{mlp}.down_proj.bias", f"{ours}.channel.down.bias")]
     return [*rows, Drop(f"{attention}.rotary_emb.inv_freq")]

@@ -6,9 +6,10 @@ from typing import Any
 from weft.spec import MTP, Block, Experts, Gated, LatentAttention, ModelSpec, RMSNorm, Rope, YarnScaling
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
 from weft.zoo.decoder import read_layers, read_sizes
+from weft.zoo.experts import experts_rules, gated_rules
 from weft.zoo.family import Entry, Family, Inexpressible, fold
 from weft.zoo.rope import read_rope, write_rope
-from weft.zoo.rules import Alias, Cat, Copy, Drop, Interleave, One, Rule, Source, Stack, copy, head
+from weft.zoo.rules import Alias, Cat, Copy, Drop, Interleave, One, Rule, Source, copy, head
 
 # What the published configs hold besides: how training balanced experts, and where the original code lies.
 _TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size", "auto_map")
@@ -243,9 +244,9 @@ def block_rules(theirs: str, ours: str, block: Block) -> list[Rule]:
     rows += _mixer_rules(f"{theirs}.self_attn", f"{ours}.mixer", block.mixer)
     rows.append(copy(f"{theirs}.post_attention_layernorm.weight", f"{ours}.channel_norm.weight"))
     if isinstance(block.channel, Experts):
-        return rows + _experts_rules(f"{theirs}.mlp", f"{ours}.channel", block.channel)
+        return rows + experts_rules(theirs, f"{ours}.channel", block.channel)
     assert isinstance(block.channel, Gated)
-    return rows + _gated_rules(f"{theirs}.mlp", f"{ours}.channel", block.channel.hidden)
+    return rows + gated_rules(f"{theirs}.mlp", f"{ours}.channel", block.channel.hidden)
 
 
 def _mixer_rules(theirs: str, ours: str, mixer: LatentAttention) -> list[Rule]:
@@ -263,26 +264,6 @@ def _mixer_rules(theirs: str, ours: str, mixer: LatentAttention) -> list[Rule]:
     ]
     if compressed:
         rows += [One(f"{ours}.q_up.weight", turned), copy(f"{theirs}.q_a_layernorm.weight", f"{ours}.q_norm.weight")]
-    return rows
-
-
-def _gated_rules(theirs: str, ours: str, hidden: int) -> list[Rule]:
-    sources = (Copy(f"{theirs}.gate_proj.weight"), Copy(f"{theirs}.up_proj.weight"))
-    return [Cat(f"{ours}.gate_up.weight", sources, (hidden, hidden)), copy(f"{theirs}.down_proj.weight", f"{ours}.down.weight")]
-
-
-def _experts_rules(theirs: str, ours: str, experts: Experts) -> list[Rule]:
-    numbers = range(experts.experts)
-    pairs = tuple(Copy(f"{theirs}.experts.{e}.{part}_proj.weight") for e in numbers for part in ("gate", "up"))
-    rows: list[Rule] = [
-        copy(f"{theirs}.gate.weight", f"{ours}.router.weight"),
-        Stack(f"{ours}.units.gate_up", pairs, (experts.hidden, experts.hidden)),
-        Stack(f"{ours}.units.down", tuple(Copy(f"{theirs}.experts.{e}.down_proj.weight") for e in numbers)),
-    ]
-    if experts.choice_bias:
-        rows.append(copy(f"{theirs}.gate.e_score_correction_bias", f"{ours}.router.choice_bias"))
-    if experts.shared:
-        rows += _gated_rules(f"{theirs}.shared_experts", f"{ours}.shared", experts.shared_hidden)
     return rows
 
 

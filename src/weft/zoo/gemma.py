@@ -57,7 +57,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
     kinds, window = layer_types(windows(spec))
     scale = mixer.scale or 1 / math.sqrt(mixer.width(spec.dim))
     return {
-        **write_body(spec, mixer, channel),
+        **write_body(spec, mixer, channel.hidden),
         "head_dim": mixer.width(spec.dim),
         "hidden_activation": activation_name(channel.activation, {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS}),
         "attention_bias": mixer.qkv_bias,

@@ -75,7 +75,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         raise Inexpressible
     scale = mixer.scale or mixer.width(spec.dim) ** -0.5
     return {
-        **write_body(spec, mixer, channel),
+        **write_body(spec, mixer, channel.hidden),
         **write_rope(full),
         "rope_local_base_freq": sliding.base,
         "head_dim": mixer.width(spec.dim),

@@ -37,7 +37,7 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
     if spec.dim % mixer.heads:  # LlamaConfig refuses it, with or without head_dim
         raise Inexpressible
     return {
-        **write_body(spec, mixer, channel),
+        **write_body(spec, mixer, channel.hidden),
         "hidden_act": activation_name(channel.activation, ACTIVATIONS),
         "attention_bias": mixer.qkv_bias,
         "mlp_bias": channel.bias,

@@ -29,7 +29,7 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     mixer, channel = first_parts(spec, "pre", Attention, Gated)
     return {
-        **write_body(spec, mixer, channel),
+        **write_body(spec, mixer, channel.hidden),
         "hidden_act": activation_name(channel.activation, ACTIVATIONS),
         "sliding_window": mixer.window,
     }

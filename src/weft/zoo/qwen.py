@@ -53,7 +53,7 @@ def _to_config(spec: ModelSpec, normed: bool) -> dict[str, Any]:
     mixer, channel = first_parts(spec, "pre", Attention, Gated)
     kinds, window = layer_types(windows(spec))
     config = {
-        **write_body(spec, mixer, channel),
+        **write_body(spec, mixer, channel.hidden),
         "hidden_act": activation_name(channel.activation, ACTIVATIONS),
         "use_sliding_window": window is not None,
         "sliding_window": window,

@@ -68,12 +68,14 @@ class Cat:
 class Stack:
     """Several tensors are the entries of one of ours along a new first axis (experts).
 
-    With `sizes` an entry is made of as many tensors, one below the other, of which each gives so many rows.
+    With `sizes` an entry is made of as many tensors, one below the other, of which each gives so many rows. `whole` is the one tensor that
+    some files hold in place of them all: accepted when reading, never written.
     """
 
     ours: str
     sources: tuple[Source, ...]
     sizes: tuple[int, ...] = ()
+    whole: Source | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ NAMES = """
     qwen2.5-0.5b qwen2.5-1.5b qwen2.5-3b qwen2.5-7b qwen2.5-14b qwen2.5-32b qwen2.5-72b
     qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-8b qwen3-14b qwen3-32b gemma2-2b gemma2-9b gemma2-27b
     gemma3-270m gemma3-1b gemma3-4b gemma3-12b gemma3-27b gptneo-125m gptneo-1.3b gptneo-2.7b gpt3-small-sparse gpt3-175b-sparse
-    mamba-130m mamba-370m mamba-790m mamba-1.4b mamba-2.8b
+    mixtral-8x7b mixtral-8x22b qwen3-30b-a3b qwen3-235b-a22b mamba-130m mamba-370m mamba-790m mamba-1.4b mamba-2.8b
 """
 
 
@@ -67,7 +67,10 @@ def test_every_size_is_saved_as_its_family_and_reads_back(row: Entry) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [ENTRIES[name] for name in ("gpt2", "llama3.2-1b", "qwen3-0.6b", "gemma2-2b", "gemma3-1b", "gptneo-125m", "mamba-130m", "gpt")],
+    [
+        ENTRIES[name]
+        for name in ("gpt2", "llama3.2-1b", "qwen3-0.6b", "qwen3-30b-a3b", "gemma2-2b", "gemma3-1b", "gptneo-125m", "mamba-130m", "gpt")
+    ],
     ids=lambda r: r.name,
 )
 def test_weight_map_names_every_tensor_once(row: Entry) -> None:

@@ -27,6 +27,9 @@ def test_json_is_one_array_on_the_last_line() -> None:
     assert {row["name"]: row["parameters"] for row in rows} == {name: entry.spec.num_params() for name, entry in ENTRIES.items()}
     assert all({"family", "published", "context", "misprint"} <= row.keys() for row in rows)
     mistral = next(row for row in rows if row["name"] == "mistral-7b")
+    mixtral = next(row for row in rows if row["name"] == "mixtral-8x7b")
+    assert mixtral["active_parameters"] == ENTRIES["mixtral-8x7b"].spec.num_params(active=True) < mixtral["parameters"] / 3
+    assert mistral["active_parameters"] == mistral["parameters"]
     assert mistral["state_bytes_at_context"] == 4096 * mistral["state_bytes_per_token"]
 
 
@@ -45,6 +48,13 @@ def test_one_model_is_yaml_with_its_counts() -> None:
     assert model_spec(yaml.safe_load(done.stdout)) == ENTRIES["smollm2-135m"].spec
     row = json.loads(weft("models", "smollm2-135m", "--json").stdout)
     assert model_spec(row["spec"]) == ENTRIES["smollm2-135m"].spec
+
+
+def test_experts_are_counted_twice_for_people_too() -> None:
+    assert "46,702,792,704, of which a token meets 12,879,925,248" in weft("models", "mixtral-8x7b").stdout
+    assert "of which a token meets" not in weft("models", "mistral-7b").stdout
+    row = next(line for line in weft("models", "-f", "mixtral").stdout.splitlines() if line.startswith("mixtral-8x7b"))
+    assert row.split()[2:4] == ["46.7B", "12.9B"]
 
 
 def test_mistakes_are_sentences() -> None:
