@@ -74,7 +74,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 @cache
 def _compiled(name: str) -> Callable[..., Any]:
-    return torch.compile(_plain(name), dynamic=False)
+    return torch.compile(_plain(name))
 
 
 @cache
