@@ -1,5 +1,6 @@
 """`weft models`: the families Weft knows and their published sizes."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -7,6 +8,7 @@ import typer
 from weft.cli.console import emit_json
 
 if TYPE_CHECKING:
+    from weft.spec import ModelSpec
     from weft.zoo import Entry
 
 
@@ -71,8 +73,24 @@ def _facts(item: "Entry") -> dict[str, Any]:
         "context": spec.context,
         "state_bytes_per_token": spec.state_bytes(2) - spec.state_bytes(1),
         "state_bytes_at_context": spec.state_bytes(spec.context),
+        "state_bytes_per_token_as": _other_states(spec),
         "flops_per_token": spec.flops(1),
     }
+
+
+def _other_states(spec: "ModelSpec") -> dict[str, int]:
+    """Bytes a token of a model with latent attention if its heads kept keys and values instead, in 16-bit numbers; else nothing."""
+    from weft.spec import LatentAttention
+
+    total: dict[str, int] = {}
+    for block in spec.blocks():
+        if not isinstance(block.mixer, LatentAttention):
+            return {}
+        heads = block.mixer.heads
+        for name, groups in (("mha", heads), ("gqa", math.gcd(8, heads)), ("mqa", 1)):
+            leaves = block.mixer.grouped_state(groups).values()
+            total[name] = total.get(name, 0) + sum(leaf.num_bytes(1, 2) for leaf in leaves)
+    return total
 
 
 def _print_table(chosen: "list[Entry]") -> None:
@@ -118,6 +136,9 @@ def _show_one(item: "Entry", json_output: bool) -> None:
         f"# state              {short_bytes(facts['state_bytes_per_token'])} a token, {short_bytes(facts['state_bytes_at_context'])} at "
         f"{facts['context']:,} tokens (16 bits)",
     ]
+    if others := facts["state_bytes_per_token_as"]:
+        mha, gqa, mqa = (short_bytes(others[name]) for name in ("mha", "gqa", "mqa"))
+        lines.append(f"# instead of latents {mha} a token with keys and values a head, {gqa} in 8 groups of heads, {mqa} in one")
     lines += [f"# weights            {item.repo}"] if item.repo else []
     lines += [f"# misprint           {item.misprint}"] if item.misprint else []
     print("\n".join(lines) + "\n" + item.spec.to_yaml(), end="")

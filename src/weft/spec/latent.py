@@ -73,3 +73,9 @@ class LatentAttention(Spec):
 
     def state(self, dim: int) -> StateSpec:
         return {"latent": Leaf("append", (self.kv_rank,)), "rope_key": Leaf("append", (self.rope_head_dim,))}
+
+    def grouped_state(self, groups: int) -> StateSpec:
+        """What attention with as many heads of as many channels would remember if `groups` of them shared keys and values: as many as there
+        are heads is multi-head, 1 multi-query attention (DeepSeek-V2, table 1)."""
+        leaf = Leaf("append", (groups, self.v_width), shard=0)
+        return {"k": leaf, "v": leaf}

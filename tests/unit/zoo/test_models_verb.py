@@ -57,6 +57,24 @@ def test_experts_are_counted_twice_for_people_too() -> None:
     assert row.split()[2:4] == ["46.7B", "12.9B"]
 
 
+def test_state_of_latents_stands_beside_that_of_heads() -> None:
+    """DeepSeek-V2, table 1: latents of 4 head widths and a rotated key of half of one are 9/4 of multi-query attention."""
+    from weft.spec import Attention, ModelSpec
+
+    row = json.loads(weft("models", "deepseek-v2", "--json").stdout)
+    spec, others = ENTRIES["deepseek-v2"].spec, row["state_bytes_per_token_as"]
+    assert row["state_bytes_per_token"] == spec.state_bytes(1) == 60 * (512 + 64) * 2 == others["mqa"] * 9 // 4
+    for name, groups in (("mha", 128), ("gqa", 8), ("mqa", 1)):
+        data = spec.model_dump()
+        for layer in data["layers"]:
+            layer["mixer"] = Attention(heads=128, kv_heads=groups, head_dim=128)
+        assert others[name] == ModelSpec.model_validate(data).state_bytes(1)
+    shown = weft("models", "deepseek-v2").stdout
+    assert "69.1 kB a token" in shown
+    assert "instead of latents 3.93 MB a token with keys and values a head, 246 kB in 8 groups of heads, 30.7 kB in one" in shown
+    assert "instead of latents" not in weft("models", "llama3-8b").stdout
+
+
 def test_mistakes_are_sentences() -> None:
     for arguments, words in (
         (["smolm2-135m"], "Did you mean 'smollm2-135m'"),
