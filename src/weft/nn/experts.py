@@ -29,6 +29,10 @@ class Units(nn.Module):
         fill_normal(self.gate_up, self.stds[0])
         fill_normal(self.down, self.stds[1])
 
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        experts, dim, hidden = self.down.shape
+        return {"gate_up": (hidden,) * (2 * experts), "down": (dim,) * experts}
+
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [M, D] sorted by expert, `ends` [E] -> [M, D], each through its own unit."""
         narrow = _product_dtype(rows)

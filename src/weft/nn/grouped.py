@@ -19,11 +19,17 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     ends [E] int32: rows ends[e - 1] ... ends[e] - 1 belong to matrix e. Rows from the last end on belong to none and give zeros.
     """
-    if x.is_cuda and x.dtype.itemsize == 2 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0:
-        nobodys = torch.arange(x.shape[0], device=x.device) >= ends[-1]
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends).masked_fill(nobodys[:, None], 0)
+    if x.is_cuda and x.dtype.itemsize == 2 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0 and hasattr(F, "grouped_mm"):
+        return torch_grouped_linear(x, weight, ends)
     y: Tensor = _product(x, weight, ends, False)
     return y
+
+
+def torch_grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_linear` by torch's operation, which takes sizes of whole 16 bytes and leaves unset what belongs to no matrix: rows of the
+    result, and of the gradient of x."""
+    nobodys = (torch.arange(x.shape[0], device=x.device) >= ends[-1])[:, None]
+    return F.grouped_mm(x.masked_fill(nobodys, 0), weight.transpose(1, 2), offs=ends).masked_fill(nobodys, 0)
 
 
 def naive_grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

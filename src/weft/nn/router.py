@@ -68,10 +68,11 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Routes of x [N, D]. Logits are float32 whatever x is, for an expert hangs on their order.
 
-        For weights of 16 bits on a CPU they are summed in float64: float32 products depend on the number of rows, and tokens must not.
+        On a CPU they are summed in float64, but for training in float32: float32 products depend on the number of rows, and where a token
+        goes must not.
         """
         device = x.device.type
-        narrow = x.dtype.itemsize == 2 and self.weight.dtype.itemsize == 2 and device == "cpu"
+        narrow = device == "cpu" and x.dtype != torch.float64 and (not self.training or self.weight.dtype.itemsize == 2)
         wide = torch.float64 if narrow or x.dtype == torch.float64 else torch.float32
         with torch.autocast(device, enabled=False):
             logits = F.linear(x.to(wide), self.weight.to(wide))

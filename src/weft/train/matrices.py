@@ -17,7 +17,7 @@ class Weight:
 
     kind  "matrix": a linear map inside a block. "head": an untied output matrix. "table": embeddings, token or position.
           "vector": norms, biases, convolution taps, state-space constants: whatever is not a map between channels.
-    rows  of a matrix: how many rows each of the matrices fused in it has (queries, keys, values; gate, up).
+    rows  of a matrix: how many rows each of the matrices fused in it has (queries, keys, values; gate, up; those of every expert).
     """
 
     name: str
@@ -51,5 +51,6 @@ def _fused(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
         rows = getattr(module, "fused_rows", None)
         if callable(rows):
             for name, sizes in rows().items():
-                assert sum(sizes) == module.get_parameter(name).shape[0], f"{prefix}.{name}"
+                parameter = module.get_parameter(name)
+                assert sum(sizes) == parameter.numel() // parameter.shape[-1], f"{prefix}.{name}"
                 yield f"{prefix}.{name}", sizes

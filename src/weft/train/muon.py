@@ -44,7 +44,7 @@ class Muon:
         # shape with rows <= columns -> (weight, first row, rows) of every matrix that has it, or its transpose
         self._groups: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for index, weight in enumerate(self.weights):
-            first, columns = 0, weight.parameter.shape[1]
+            first, columns = 0, weight.parameter.shape[-1]
             for rows in weight.rows:
                 shape = (min(rows, columns), max(rows, columns))
                 self._groups.setdefault(shape, []).append((index, first, rows))
@@ -58,7 +58,7 @@ class Muon:
         parameters: list[Tensor] = [weight.parameter for weight in self.weights]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         torch._foreach_lerp_(self.buffers, gradients, 1 - self.momentum)
-        ahead = torch._foreach_lerp(gradients, self.buffers, self.momentum)
+        ahead = [_rows(each) for each in torch._foreach_lerp(gradients, self.buffers, self.momentum)]
         torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
         for shape, members in self._groups.items():
             slices = [ahead[index][first : first + rows] for index, first, rows in members]
@@ -66,7 +66,7 @@ class Muon:
             moved = orthogonalise(torch.stack([part.to(torch.bfloat16) for part in flat]))
             scale = -lr * ADAM_RMS * math.sqrt(shape[1])
             for (index, first, rows), part, update in zip(members, slices, moved, strict=True):
-                target = parameters[index][first : first + rows]
+                target = _rows(parameters[index])[first : first + rows]
                 target.add_(update if part.shape == shape else update.mT, alpha=scale)
 
     def state(self) -> dict[str, Tensor]:
@@ -76,3 +76,8 @@ class Muon:
     def load(self, state: Mapping[str, Tensor]) -> None:
         for weight, buffer in zip(self.weights, self.buffers, strict=True):
             buffer.copy_(state[f"{weight.name}.momentum"])
+
+
+def _rows(matrices: Tensor) -> Tensor:
+    """A parameter [..., R, C] as a view with all its rows one below the other, [-1, C]."""
+    return matrices.flatten(0, -2)

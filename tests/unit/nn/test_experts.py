@@ -7,7 +7,7 @@ import torch
 
 from weft.nn import Step, build, initialise
 from weft.nn.experts import naive_experts
-from weft.nn.grouped import grouped_linear, naive_grouped_linear
+from weft.nn.grouped import grouped_linear, naive_grouped_linear, torch_grouped_linear
 from weft.nn.mixer import Site, build_part
 from weft.nn.router import Routing, losses, statistics, within_capacity
 from weft.spec import Experts, RMSNorm, model_spec
@@ -83,6 +83,22 @@ def test_grouped_products_equal_the_definition(ends):
         found.append([y.detach(), a.grad, b.grad])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ends", [[4, 4, 9, 13], [2, 5, 6, 11]])
+def test_torchs_own_grouped_product_is_the_same(ends):
+    """What runs on CUDA in 16 bits, here in float32."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    x, weight, outer = inputs(1, 13, torch.float32)[0], inputs(4, 8, torch.float32, seed=1), torch.randn(13, 8)
+    found = []
+    for product in (torch_grouped_linear, naive_grouped_linear):
+        a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = product(a, b, torch.tensor(ends, dtype=torch.int32))
+        (y * outer).sum().backward()
+        found.append([y.detach(), a.grad, b.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
 def test_16_bit_rows_do_not_depend_on_company():
@@ -191,7 +207,14 @@ def test_experts_take_tokens_in_order_until_they_are_full():
 def test_the_bias_moves_after_a_step_towards_balance():
     module = make(experts=4, top_k=1, score="sigmoid", choice_bias=True, bias_speed=0.25)
     module.router.choice_bias.zero_()
-    module.after_step({"chosen": torch.tensor([9.0, 1.0, 5.0, 5.0])})
+    said = module.after_step(
+        {"chosen": torch.tensor([9.0, 1.0, 5.0, 5.0]), "entropy": torch.tensor([30.0]), "tokens": torch.tensor([20.0])}
+    )
+    assert {name: round(value.item(), 6) for name, value in said.items()} == {
+        "expert_share_min": 0.2,
+        "expert_share_max": 1.8,
+        "router_entropy": 1.5,
+    }
     assert module.router.choice_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
 
 

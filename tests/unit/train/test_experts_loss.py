@@ -9,6 +9,8 @@ from weft.objectives.auxiliary import Auxiliary
 from weft.objectives.next_token import NextToken
 from weft.train.history import History, read_metrics
 from weft.train.job import Compute
+from weft.train.matrices import Weight, trained_weights
+from weft.train.muon import Muon
 from weft.train.objective import POLICY
 from weft.train.parallel import World
 from weft.train.settings import SaveSettings
@@ -143,3 +145,22 @@ def test_the_bias_balances_without_a_loss():
         shares.append(model.after_step(aux)["expert_share_min"].item())
     assert shares[0] < 0.25
     assert min(shares[-3:]) > 0.7
+
+
+def test_muon_treats_each_matrix_of_each_expert_by_itself():
+    """Twin: the experts' matrices as parameters of their own."""
+    model = cases.model_of(layers=layers())
+    kinds = {weight.name: weight for weight in trained_weights(model)}
+    assert kinds["blocks.1.channel.units.gate_up"].rows == (12,) * 8
+    assert kinds["blocks.1.channel.units.down"].kind == kinds["blocks.1.channel.router.weight"].kind == "matrix"
+    stacked = model.blocks[1].channel.units.gate_up
+    alone = [torch.nn.Parameter(part.clone()) for expert in stacked for part in expert.detach().chunk(2)]
+    together = Muon([kinds["blocks.1.channel.units.gate_up"]])
+    apart = Muon([Weight(str(i), parameter, "matrix", (12,)) for i, parameter in enumerate(alone)])
+    for seed in range(2):
+        stacked.grad = torch.randn(stacked.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for parameter, part in zip(alone, (part for expert in stacked.grad for part in expert.chunk(2)), strict=True):
+            parameter.grad = part.clone()
+        together.step(0.1)
+        apart.step(0.1)
+    torch.testing.assert_close(torch.cat([parameter.detach() for parameter in alone]), stacked.detach().flatten(0, 1), rtol=0, atol=1e-6)
