@@ -23,10 +23,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "softcap": {"type": "attention", "heads": 4, "softcap": 2.0, "scale": 0.3},
     "window": {"type": "attention", "heads": 4, "kv_heads": 2, "window": 6, "rope": {}},
     "window_softcap": {"type": "attention", "heads": 2, "window": 5, "softcap": 3.0},
-    "window_sink_logits": {"type": "attention", "heads": 4, "kv_heads": 2, "window": 5, "sink_logits": True},
-    "sink_logits": {"type": "attention", "heads": 3, "head_dim": 6, "rope": {}, "sink_logits": True},
+    "sink_logits": {"type": "attention", "heads": 3, "head_dim": 6, "rope": {}, "window": 19, "sink_logits": True},
     "strided": {"type": "attention", "heads": 4, "pattern": {"type": "strided", "stride": 5}},
-    "strided_local": {"type": "attention", "heads": 4, "rope": {}, "pattern": {"type": "strided", "stride": 5, "part": "local"}},
     "fixed": {"type": "attention", "heads": 4, "kv_heads": 2, "rope": {}, "pattern": {"type": "fixed", "stride": 6, "summary": 2}},
     "fixed_far": {"type": "attention", "heads": 4, "rope": {}, "pattern": {"type": "fixed", "stride": 4, "part": "far"}},
     "dilated": {
