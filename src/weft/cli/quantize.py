@@ -45,7 +45,7 @@ def quantize(
         bar.stop()
     say(f"{done.path}: {short_bytes(done.bytes)} of weights, {done.bits:.2f} bits each in {done.matrices} matrices.")
     if done.kept:
-        say(f"{done.kept} matrices stay as they were: their rows are not a multiple of 32 numbers.")
+        say(f"{done.kept} matrices stay as they were: routers, and those whose rows are not a multiple of 32 numbers.")
     say(f"{done.drift.line()}.")
     if json_output:
         emit_json(done.as_dict())

@@ -7,12 +7,14 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from weft.engine.engine import Engine
 from weft.engine.request import Request, SamplingParams
 from weft.errors import UserError
 from weft.machine import matmul_peak, memory_bandwidth
 from weft.nn import Model
+from weft.nn.experts import Experts
 from weft.nn.packed import PackedWeight
 
 BATCHES = (1, 4, 16)
@@ -106,10 +108,19 @@ def _run(engine: Engine, rows: int, prompt: int, new: int, seed: int) -> tuple[f
 
 
 def bytes_read(model: Model) -> int:
-    """Bytes of weights that one token reads: all of them, but of a table of tokens that is no head a row alone."""
-    packed = sum(module.num_bytes for module in model.modules() if isinstance(module, PackedWeight))
-    total = packed + sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of weights that one token reads: all of them, but of a table of tokens that is no head a row alone, and of experts those that
+    it is sent to."""
+    total = _bytes_of(model)
+    for block in model.layers():
+        for part in block.parts().values():
+            if isinstance(part, Experts):
+                total -= _bytes_of(part.units) * (part.spec.experts - part.spec.top_k) // part.spec.experts
     if model.spec.tie_embeddings:
         return total
     table = model.embed.weight
     return total - (table.num_bytes if isinstance(table, PackedWeight) else table.numel() * table.element_size())
+
+
+def _bytes_of(module: nn.Module) -> int:
+    packed = sum(each.num_bytes for each in module.modules() if isinstance(each, PackedWeight))
+    return packed + sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from weft.nn.channel import ACTIVATIONS, Gated
 from weft.nn.fill import fill_normal
-from weft.nn.grouped import Assignment, grouped_linear
+from weft.nn.grouped import Assignment, grouped_linear, grouped_packed_linear
 from weft.nn.mixer import Side, Site, State, register
+from weft.nn.packed import PackedWeight
 from weft.nn.router import Router, losses, statistics, within_capacity
 from weft.nn.step import Step
 from weft.spec import Experts as ExpertsSpec
@@ -19,6 +20,8 @@ from weft.spec import StateSpec
 class Units(nn.Module):
     """E gated units: `gate_up` [E, 2 hidden, D], the gate's rows first, and `down` [E, D, hidden]."""
 
+    stacked = ("gate_up", "down")
+
     def __init__(self, spec: ExpertsSpec, site: Site) -> None:
         super().__init__()
         self.activation, self.stds = ACTIVATIONS[spec.activation], (site.init_std, site.residual_std)
@@ -26,8 +29,9 @@ class Units(nn.Module):
         self.down = nn.Parameter(torch.empty(spec.experts, site.dim, spec.hidden))
 
     def reset_parameters(self) -> None:
-        fill_normal(self.gate_up, self.stds[0])
-        fill_normal(self.down, self.stds[1])
+        for weight, std in zip((self.gate_up, self.down), self.stds, strict=True):
+            if isinstance(weight, Tensor):
+                fill_normal(weight, std)
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
         experts, dim, hidden = self.down.shape
@@ -35,9 +39,8 @@ class Units(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows [M, D] sorted by expert, `ends` [E] -> [M, D], each through its own unit."""
-        narrow = _product_dtype(rows)
-        gate, up = grouped_linear(rows.to(narrow), self.gate_up.to(narrow), ends).chunk(2, -1)
-        return grouped_linear(self.activation(gate) * up, self.down.to(narrow), ends)
+        gate, up = _multiply(rows, self.gate_up, ends).chunk(2, -1)
+        return _multiply(self.activation(gate) * up, self.down, ends)
 
 
 @register(ExpertsSpec)
@@ -109,7 +112,10 @@ def naive_experts(module: Experts, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+def _multiply(rows: Tensor, weight: Tensor | PackedWeight, ends: Tensor) -> Tensor:
+    """A grouped product, in autocast's dtype where it is on."""
+    if isinstance(weight, PackedWeight):
+        return grouped_packed_linear(rows, weight, ends)
+    device = rows.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+    return grouped_linear(rows.to(narrow), weight.to(narrow), ends)

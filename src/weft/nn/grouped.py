@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.nn.linear import affine
+from weft.nn.packed import PackedWeight
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -59,6 +60,14 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tenso
 @_product.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
+
+
+def grouped_packed_linear(x: Tensor, weight: PackedWeight, ends: Tensor) -> Tensor:
+    """`grouped_linear` for matrices in 4 or 8 bits, one below the other. It looks at `ends`, and so is no part of a compiled graph."""
+    each = weight.shape[0] // ends.shape[0]
+    stops: list[int] = ends.tolist()
+    parts = [weight.part(e * each, each, x[start:stop]) for e, start, stop in _slices(stops)]
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - stops[-1], each)])
 
 
 @torch.library.custom_op("weft::grouped_outer", mutates_args=())

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.nn.fill import fill_normal
-from weft.nn.packed import PackedWeight
+from weft.nn.packed import ROWS, PackedWeight
 from weft.spec.quant import GROUP, Quant
 
 
@@ -43,14 +43,27 @@ def affine(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
 
 
 def pack_structure(model: nn.Module, quant: Quant) -> None:
-    """Put empty packed weights where `quant` wants them: every `Linear` whose rows divide into groups, and the tables of tokens."""
+    """Put empty packed weights where `quant` wants them: every `Linear` whose rows divide into groups, the tables of tokens, and stacked
+    matrices [E, R, C] (`stacked` names a module's), one below the other, where theirs divide too and R into the kernel's tiles.
+    """
     for module in list(model.modules()):
+        for name in getattr(module, "stacked", ()):
+            experts, rows, columns = getattr(module, name).shape
+            if fits(columns) and rows % ROWS == 0:
+                delattr(module, name)
+                setattr(module, name, PackedWeight(experts * rows, columns, quant.type, quant.minimum))
         if isinstance(module, Linear) and fits(module.in_features):
             _replace(module, PackedWeight(module.out_features, module.in_features, quant.type, quant.minimum))
         elif quant.table != "float" and getattr(module, "is_table", False) and isinstance(module.weight, Tensor):
             rows, columns = module.weight.shape
             if fits(columns):
                 _replace(module, PackedWeight(rows, columns, quant.table))
+
+
+def num_plain(module: nn.Module) -> int:
+    """Matrices of a module's own that `pack_structure` would pack but for their sizes, and has not."""
+    names = ("weight",) if isinstance(module, Linear) else getattr(module, "stacked", ())
+    return sum(isinstance(getattr(module, name), Tensor) for name in names)
 
 
 def fits(columns: int) -> bool:

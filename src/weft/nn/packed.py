@@ -103,6 +103,18 @@ class PackedWeight(nn.Module):
         codes, scale, minimum = self._read(torch.arange(self.shape[0], device=self.codes.device))
         return codes, scale, minimum
 
+    def part(self, first: int, rows: int, x: Tensor) -> Tensor:
+        """x times the transpose of `rows` rows from `first` on, both multiples of 16: one of several matrices below each other."""
+        assert first % ROWS == rows % ROWS == 0
+        if self.kind != "nf4" and kernels.usable(x):
+            blocks = slice(first // ROWS, (first + rows) // ROWS)
+            minimum = None if self.minimum is None else self.minimum[blocks]
+            y: Tensor = kernels.ops.quantised_linear(
+                x, self.codes[blocks], self.scale[blocks], minimum, self.bits, self.offset, kernels.coarse()
+            )
+            return y
+        return F.linear(x, self.rows(torch.arange(first, first + rows, device=x.device)).to(x.dtype))
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the matrix in the model's dtype: [*ids.shape, columns]; a token table's look-up."""
         codes, scale, minimum = self._read(ids.reshape(-1))

@@ -40,13 +40,13 @@ def quantize(
     packed = {name: module for name, module in made.named_modules() if isinstance(module, PackedWeight)}
     for name, module in packed.items():
         if not name.startswith("blocks."):  # tables in 8 bits; modules for multi-token prediction, which guess, without calibration
-            module.fill(*round_to_nearest(copied[name], quant if name.startswith("mtp.") else Quant(type="int8")))
+            module.fill(*round_to_nearest(copied[name].flatten(0, -2), quant if name.startswith("mtp.") else Quant(type="int8")))
     states = _Calibration(model, calibration) if method == "gptq" else None
     for i in range(len(model.blocks)):
         own = {name: module for name, module in packed.items() if name.startswith(f"blocks.{i}.")}
         moments = states.moments(i) if states is not None else {}
         for name, module in own.items():
-            weight, seen = copied[name], moments.get(name)
+            weight, seen = copied[name].flatten(0, -2), moments.get(name)  # of experts, all rows one below the other; calibration sees none
             codes = round_to_nearest(weight, quant) if seen is None else round_with_compensation(weight, seen, quant)
             module.fill(*codes)
             if states is not None:
@@ -65,7 +65,7 @@ def dequantize(model: Model) -> Model:
     own, stored = dict(model.named_modules()), model.state_dict()
     for name, tensor in made.state_dict().items():
         packed = own.get(name)
-        tensor.copy_(packed.dequantise() if isinstance(packed, PackedWeight) else stored[name])
+        tensor.copy_(packed.dequantise().view_as(tensor) if isinstance(packed, PackedWeight) else stored[name])
     return made.eval()
 
 

@@ -10,8 +10,9 @@ import torch
 from weft.errors import UserError
 from weft.files import read_text
 from weft.nn import Model
-from weft.nn.linear import Linear
+from weft.nn.linear import num_plain
 from weft.nn.packed import PackedWeight
+from weft.nn.router import Router
 from weft.quant.drift import Drift, Reference
 from weft.quant.model import Method, Progress, quantize
 from weft.spec import Quant
@@ -68,7 +69,7 @@ def quantize_folder(source: Path, to: QuantType, out: Path, method: Method, text
 def _save(made: Model, out: Path, tokenizer: Tokenizer, method: Method, drift: Drift) -> Quantized:
     save_model(made, out, tokenizer)
     packed = [module for module in made.modules() if isinstance(module, PackedWeight)]
-    kept = sum(isinstance(module, Linear) and not isinstance(module.weight, PackedWeight) for module in made.modules())
+    kept = sum(num_plain(module) + isinstance(module, Router) for module in made.modules())
     size = sum(module.num_bytes for module in packed)
     rest = sum(parameter.numel() * parameter.element_size() for parameter in made.parameters())
     bits = 8 * size / max(1, sum(module.numel() for module in packed))

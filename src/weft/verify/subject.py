@@ -9,7 +9,7 @@ from weft import kernels
 from weft.engine import Engine
 from weft.engine.budget import available_memory
 from weft.nn import Model
-from weft.nn.linear import Linear
+from weft.nn.linear import num_plain
 from weft.quant import dequantize
 from weft.tokenizer import Tokenizer
 from weft.verify.prompts import Prompt
@@ -67,7 +67,7 @@ class Subject:
     @property
     def exact_products(self) -> bool:
         """Whether every matrix is packed and multiplied by a kernel that adds up integers: rows then have nothing to do with each other."""
-        plain = any(isinstance(module, Linear) and isinstance(module.weight, torch.Tensor) for module in self.model.modules())
+        plain = any(num_plain(module) for module in self.model.modules())
         quant = self.model.spec.quant
         return quant is not None and quant.type != "nf4" and not plain and self.device.type == "cpu" and kernels.available()
 
