@@ -7,8 +7,8 @@ import torch
 
 from weft import kernels
 from weft.errors import UserError
-from weft.nn import Arena, Runner, build, latent_attention
-from weft.nn.attend_latent import attend_absorbed, attend_expanded, attend_latent_naive, expanding_pays_from
+from weft.nn import Arena, Runner, attend_latent, build, latent_attention
+from weft.nn.attend_latent import MANY, attend_absorbed, attend_expanded, attend_latent_naive, expanding_pays_from
 from weft.nn.packed import PackedWeight
 from weft.quant.model import quantize
 from weft.spec import Attention, LatentAttention, Quant, model_spec
@@ -88,6 +88,18 @@ def test_rows_do_not_depend_on_each_other_bit_for_bit_in_16_bits(dtype):
         assert torch.equal(together[row : row + 1, 1:2], single), "nor on the other tokens of a pass"
     apart = (attend_expanded(*parts, mask, 0.25) - together).abs().max()
     assert 0 < apart < 0.05 * together.abs().max(), "control: the other form has other bits"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_keys_have_the_same_bits_either_way_round(dtype):
+    generator = torch.Generator().manual_seed(4)
+    for batch, queries, keys, width in ((1, MANY, 65, 80), (2, 700, 257, 144), (1, MANY + 1, 127, 40)):
+        q, k = (torch.randn(batch, size, width, generator=generator).to(dtype) for size in (queries, keys))
+        usual = attend_latent._products(q, k)
+        few = attend_latent._products(q[:, : MANY - 1], k)
+        assert torch.equal(few, usual[:, : MANY - 1])
+        assert torch.equal(attend_latent._products(q[:1, 3:20], k[:1]), usual[:1, 3:20])
+        assert not torch.equal((q.float() @ k.float().transpose(1, 2) * (1 + 2**-8)).to(dtype), usual), "control: one bit shows"
 
 
 def by_the_paper(mixer, x, base=10000.0):
