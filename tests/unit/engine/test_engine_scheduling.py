@@ -198,7 +198,7 @@ def test_what_pages_and_rows_take_is_what_the_spec_says():
     for name in ("gqa", "lstm", "mamba", "everything"):
         model = model_of(name)
         arena = small_engine(model)._lanes.arena
-        rings = sum(leaf.num_bytes(1, 8) * (leaf.pinned + leaf.window - 1 + CHUNK + 1) for leaf in arena.leaves.values() if leaf.kind == "ring")
+        rings = sum(leaf.num_bytes(1, 8) * (leaf.slots(64, CHUNK) + 1) for leaf in arena.leaves.values() if leaf.kind == "ring")
         spec = model.spec.state_bytes(64, 8) - sum(leaf.num_bytes(64, 8) for leaf in arena.leaves.values() if leaf.kind == "ring")
         assert arena.page_bytes * 16 + arena.row_bytes(64) == spec + rings
 
