@@ -14,6 +14,8 @@ from torch import Tensor
 from weft.nn.linear import affine
 from weft.nn.packed import PackedWeight
 
+ROWS_ALIKE = 32  # of fewer rows `affine` sees to it that they come out as among many
+
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Row i of x [M, D] times the transpose of its own matrix of weight [E, O, D], as [M, O].
@@ -53,7 +55,10 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tenso
     stops: list[int] = ends.tolist()
     y[stops[-1] :] = 0
     for e, start, stop in _slices(stops):
-        y[start:stop] = x[start:stop] @ weight[e] if transposed else affine(x[start:stop], weight[e])
+        if transposed or stop - start >= ROWS_ALIKE:
+            torch.mm(x[start:stop], weight[e] if transposed else weight[e].t(), out=y[start:stop])
+        else:
+            y[start:stop] = affine(x[start:stop], weight[e])
     return y
 
 

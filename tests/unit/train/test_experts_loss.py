@@ -164,3 +164,12 @@ def test_muon_treats_each_matrix_of_each_expert_by_itself():
         together.step(0.1)
         apart.step(0.1)
     torch.testing.assert_close(torch.cat([parameter.detach() for parameter in alone]), stacked.detach().flatten(0, 1), rtol=0, atol=1e-6)
+
+
+def test_statistics_are_summed_over_processes(monkeypatch):
+    """The bias of all processes must move alike: by what all of them counted."""
+    _, _, alone = gradients(None)
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor.mul_(2))  # as if another had the same batch
+    _, _, both = gradients(None)
+    for name, value in alone.items():
+        torch.testing.assert_close(both[name], 2 * value)
