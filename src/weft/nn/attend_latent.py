@@ -86,12 +86,13 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, T, H, I] times weight [H, I, O], head by head: [B, T, H, O].
 
-    As in `weft.nn.linear.affine`, a few rows are given company in 16-bit formats on a CPU, so that torch computes them as it computes many.
+    As in `weft.nn.linear.affine`, a few rows are given company on a CPU, so that torch computes them as it computes many; in float32 too,
+    in which quantised models compute.
     """
     batch, length, heads, _ = x.shape
     rows = x.reshape(batch * length, heads, -1)
-    fewest = max(2, 16**3 // weight.numel() + 1)
-    if x.dtype.itemsize == 2 and x.device.type == "cpu" and batch * length < fewest:
+    fewest = max(2, 16**3 // weight.numel() + 1) if x.dtype.itemsize == 2 else 4
+    if x.device.type == "cpu" and batch * length < fewest:
         rows = F.pad(rows, (0, 0, 0, 0, 0, fewest - batch * length))
     y = torch.bmm(rows.transpose(0, 1), weight.to(x.dtype))[:, : batch * length]
     return y.transpose(0, 1).contiguous().view(batch, length, heads, -1)  # also of one row, whose product would else be another kernel's
