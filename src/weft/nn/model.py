@@ -55,7 +55,8 @@ class Model(nn.Module):
     """A stack of blocks between an embedding and a head, as a ModelSpec describes it.
 
     It owns no decode state: that is the arena's. A tied head is the embedding's own parameter. `fast` lets a quantised model take coarser
-    products in long passes over state: what a token gets then depends on its chunk. `int8_state` keeps keys and values in 8 bits.
+    products in long passes over state, and latent attention write keys and values out in them: what a token gets then depends on its
+    chunk. `int8_state` keeps keys and values in 8 bits.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
