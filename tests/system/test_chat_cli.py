@@ -197,7 +197,8 @@ def test_recommended_settings_are_taken(weft, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_ends_the_answer_and_not_the_chat(tmp_path):
     path = make_model(tmp_path / "long", context=100_000)
-    command = [sys.executable, "-m", "weft.cli.main", "chat", str(path), "--dtype", "float32", "--max-tokens", "90000", "--temp", "0", "--json"]
+    options = ["--dtype", "float32", "--max-tokens", "90000", "--temp", "0", "--json"]  # greedily this model never comes to an end
+    command = [sys.executable, "-m", "weft.cli.main", "chat", str(path), *options]
     chat = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     killer = threading.Timer(120, chat.kill)
     killer.start()
