@@ -13,6 +13,7 @@ N rows of a batch and key-value heads, C queries a block, K keys a block looks a
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,13 +201,13 @@ def _(saved: list[Tensor], incoming: list[Tensor], window: int, scale: float, so
     return q, k, v
 
 
-def _setup_context(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)  # type: ignore[attr-defined]
-    ctx.settings = inputs[4:]  # type: ignore[attr-defined]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.settings = inputs[4:]
 
 
-def _backward(ctx: object, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.weft.attend_window_backward(list(ctx.saved_tensors), list(incoming), *ctx.settings)  # type: ignore[attr-defined]
+def _backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.weft.attend_window_backward(list(ctx.saved_tensors), list(incoming), *ctx.settings)
     return (*gradients, None, None, None, None)
 
 

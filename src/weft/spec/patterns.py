@@ -9,6 +9,7 @@ band     the same rule as a window with gaps, where it is one: attention is then
 pairs    (query, key) pairs of a text of `length` tokens.
 """
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
@@ -51,8 +52,9 @@ class _Banded(Spec):
     window: PositiveInt
 
     @property
+    @abstractmethod
     def band(self) -> Band:
-        raise NotImplementedError
+        """The rule itself."""
 
     @property
     def reach(self) -> int:

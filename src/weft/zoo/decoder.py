@@ -87,18 +87,23 @@ LLAMA_NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "cha
 
 def decoder_rules(spec: ModelSpec, norms: dict[str, str], experts: Names = COMMON) -> list[Rule]:
     """The weight map of a Llama-like model; `norms` maps layer norms' names in the file to ours, `experts` has its words for experts."""
-    embedding = "model.embed_tokens.weight"
-    rows: list[Rule] = [
-        copy(embedding, "embed.weight"),
-        copy("model.norm.weight", "norm.weight"),
-        head(spec.tie_embeddings, "lm_head.weight", embedding),
-    ]
+    rows = outer_rules(spec)
     for i, block in enumerate(spec.blocks()):
         theirs, ours = f"model.layers.{i}", f"blocks.{i}"
         rows += _layer(theirs, ours, block, spec.dim, norms)
         if isinstance(block.channel, Experts):
             rows += experts_rules(theirs, f"{ours}.channel", block.channel, experts)
     return rows
+
+
+def outer_rules(spec: ModelSpec) -> list[Rule]:
+    """What stands around the layers: embedding, last norm and head."""
+    embedding = "model.embed_tokens.weight"
+    return [
+        copy(embedding, "embed.weight"),
+        copy("model.norm.weight", "norm.weight"),
+        head(spec.tie_embeddings, "lm_head.weight", embedding),
+    ]
 
 
 def _layer(theirs: str, ours: str, block: Block, dim: int, norms: dict[str, str]) -> list[Rule]:

@@ -5,11 +5,11 @@ from typing import Any
 
 from weft.spec import MTP, Block, Experts, Gated, LatentAttention, ModelSpec, RMSNorm, Rope, YarnScaling
 from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
-from weft.zoo.decoder import read_layers, read_sizes
+from weft.zoo.decoder import outer_rules, read_layers, read_sizes
 from weft.zoo.experts import experts_rules, gated_rules
 from weft.zoo.family import Entry, Family, Inexpressible, fold
 from weft.zoo.rope import read_rope, write_rope
-from weft.zoo.rules import Alias, Cat, Copy, Drop, Interleave, One, Rule, Source, copy, head
+from weft.zoo.rules import Alias, Cat, Copy, Drop, Interleave, One, Rule, Source, copy
 
 # What the published configs hold besides: how training balanced experts, and where the original code lies.
 _TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size", "auto_map")
@@ -187,12 +187,7 @@ def _to_config(spec: ModelSpec) -> tuple[dict[str, Any], Experts | None]:
 
 def rules(spec: ModelSpec) -> list[Rule]:
     """The weight map of both versions."""
-    embedding = "model.embed_tokens.weight"
-    rows: list[Rule] = [
-        copy(embedding, "embed.weight"),
-        copy("model.norm.weight", "norm.weight"),
-        head(spec.tie_embeddings, "lm_head.weight", embedding),
-    ]
+    rows = outer_rules(spec)
     for i, block in enumerate(spec.blocks()):
         rows += block_rules(f"model.layers.{i}", f"blocks.{i}", block)
     return rows

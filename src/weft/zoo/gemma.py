@@ -1,6 +1,5 @@
 """Gemma 2 (Gemma Team 2024): norms around every part, soft-capped scores and logits, every other layer sliding."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -54,8 +53,13 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
     mixer, channel = first_parts(spec, "sandwich", Attention, Gated)
     if spec.dim % mixer.heads:  # Gemma2Config refuses it, with or without head_dim
         raise Inexpressible
+    return write_gemma(spec, mixer, channel)
+
+
+def write_gemma(spec: ModelSpec, mixer: Attention, channel: Gated) -> dict[str, Any]:
+    """The keys that Gemma 2 and 3 share."""
     kinds, window = layer_types(windows(spec))
-    scale = mixer.scale or 1 / math.sqrt(mixer.width(spec.dim))
+    scale = mixer.scale or mixer.width(spec.dim) ** -0.5
     return {
         **write_body(spec, mixer, channel.hidden),
         "head_dim": mixer.width(spec.dim),

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from weft.spec import Attention, Block, Gated, LinearScaling, ModelSpec, RMSNorm, Rope
-from weft.zoo.config import ACTIVATIONS, ConfigReader, activation_name
-from weft.zoo.decoder import decoder_rules, layer_types, layer_windows, read_heads, read_layers, read_sizes, write_body
+from weft.zoo.config import ConfigReader
+from weft.zoo.decoder import decoder_rules, layer_types, layer_windows, read_heads, read_layers, read_sizes
 from weft.zoo.family import Entry, Family, Inexpressible, first_parts, fold, windows
-from weft.zoo.gemma import NORMS
+from weft.zoo.gemma import NORMS, write_gemma
 from weft.zoo.rope import read_rope, write_rope
 
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3TextModel")
@@ -66,27 +66,13 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
     mixer, channel = first_parts(spec, "sandwich", Attention, Gated)
     if spec.dim % mixer.heads:  # Gemma3TextConfig refuses it, with or without head_dim
         raise Inexpressible
-    found = windows(spec)
-    kinds, window = layer_types(found)
+    kinds, _ = layer_types(windows(spec))
     ropes = dict(zip(kinds, (block.mixer.rope for block in spec.blocks() if isinstance(block.mixer, Attention)), strict=True))
     full = ropes.get("full_attention") or Rope(base=GLOBAL_BASE)
     sliding = ropes.get("sliding_attention") or Rope(base=LOCAL_BASE)
     if sliding.scaling is not None:
         raise Inexpressible
-    scale = mixer.scale or mixer.width(spec.dim) ** -0.5
-    return {
-        **write_body(spec, mixer, channel.hidden),
-        **write_rope(full),
-        "rope_local_base_freq": sliding.base,
-        "head_dim": mixer.width(spec.dim),
-        "hidden_activation": activation_name(channel.activation, {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS}),
-        "attention_bias": mixer.qkv_bias,
-        "query_pre_attn_scalar": round(scale**-2),
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": spec.logit_softcap,
-        "sliding_window": window or 4096,  # transformers builds its mask even where no layer slides
-        "layer_types": kinds,
-    }
+    return {**write_gemma(spec, mixer, channel), **write_rope(full), "rope_local_base_freq": sliding.base}
 
 
 GEMMA3 = Family(
