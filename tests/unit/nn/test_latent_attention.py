@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from in_passes import in_passes
 
-from weft import kernels
 from weft.engine import Engine, Request, SamplingParams
 from weft.errors import UserError
 from weft.nn import Arena, Runner, attend_latent, build, latent_attention
@@ -168,21 +168,6 @@ def test_yarn_sharpens_scores_in_every_kind_of_attention():
     assert (outputs[0] - outputs[2]).abs().max() > 1e-4, "control: without the factor scores are flatter"
 
 
-def fed(model, tokens, sizes, coarse=False, page=None, state=None):
-    """Logits [B, T, V] of tokens fed in passes of these sizes."""
-    rows, length = tokens.shape
-    arena, parts, at = Arena(model, rows, length, max(sizes), dtype=state, page=page), [], 0
-    with torch.no_grad(), kernels.settled(model.dtype, model.device, coarse):
-        for size in sizes:
-            arena.reserve(dict.fromkeys(range(rows), at + size))
-            n_new = torch.full((rows,), size)
-            output = model(tokens[:, at : at + size], arena.step(n_new, size), arena.views())
-            arena.commit(output.pending, n_new)
-            parts.append(output.logits)
-            at += size
-    return torch.cat(parts, 1)
-
-
 @pytest.mark.parametrize("page", [None, 4])
 def test_over_state_latents_are_absorbed_unless_the_user_lets_long_passes_expand(monkeypatch, page):
     model, tokens = model_of(), random_tokens(61)
@@ -194,7 +179,7 @@ def test_over_state_latents_are_absorbed_unless_the_user_lets_long_passes_expand
     sizes = [7, 1, 40, 3, 10]
     for coarse, forms in ((False, {attend_absorbed}), (True, {attend_absorbed, attend_expanded})):
         taken.clear()
-        got = fed(model, tokens, sizes, coarse, page)
+        got, _ = in_passes(model, tokens, sizes, page=page, coarse=coarse)
         assert (got - want).abs().max() < 1e-10
         assert set(taken) == forms
         assert taken.count(attend_expanded) == (4 if coarse else 0)  # two layers, passes of 40 and 10 tokens
@@ -269,7 +254,7 @@ def test_a_quantised_model_packs_all_but_what_is_absorbed():
     with torch.no_grad():
         whole, exact = packed(tokens).logits, model(tokens).logits
     assert 1e-4 < (whole - exact).abs().max() / exact.abs().max() < 0.05
-    assert (fed(packed, tokens, [7, 1, 32], state=torch.float32) - whole).abs().max() < 1e-3 * whole.abs().max()
+    assert (in_passes(packed, tokens, [7, 1, 32], torch.float32)[0] - whole).abs().max() < 1e-3 * whole.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

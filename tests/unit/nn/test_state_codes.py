@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from in_passes import in_passes
 
 from weft.engine import Engine, Request, SamplingParams
-from weft.nn import Arena, build
+from weft.nn import build
 from weft.nn.state_codes import decode, encode
 from weft.spec import model_spec
 
@@ -26,35 +27,19 @@ def test_vectors_come_back_within_half_a_step():
     assert decode(encode(torch.zeros(2, 4)), torch.float32).eq(0).all()
 
 
-def logits(model, tokens, sizes, state=None, page=None):
-    """Logits [B, T, V] of tokens fed in pieces of these sizes."""
-    rows, length = tokens.shape
-    arena = Arena(model, rows, length, max(sizes), dtype=state, page=page)
-    parts, at = [], 0
-    with torch.no_grad():
-        for size in sizes:
-            arena.reserve(dict.fromkeys(range(rows), at + size))
-            n_new = torch.full((rows,), size)
-            output = model(tokens[:, at : at + size], arena.step(n_new, size), arena.views())
-            arena.commit(output.pending, n_new)
-            parts.append(output.logits)
-            at += size
-    return torch.cat(parts, 1), arena
-
-
 @pytest.mark.parametrize("page", [None, 4])
 @pytest.mark.parametrize("name", LAYERS)
 def test_predictions_move_little_and_depend_on_no_chunks(name, page):
     sizes = {"vocab": 30, "dim": 16, "context": 64, "init_std": 0.3, "norm": {"type": "rms"}}
     model = build(model_spec({**sizes, "layers": LAYERS[name]}), seed=1, dtype=torch.float64).eval()
     tokens = torch.randint(30, (3, 25), generator=torch.Generator().manual_seed(1))
-    plain, wide = logits(model, tokens, [25], page=page)
-    coded, narrow = logits(model, tokens, [25], torch.int8, page)
+    plain, wide = in_passes(model, tokens, [25], page=page)
+    coded, narrow = in_passes(model, tokens, [25], torch.int8, page)
     difference = (coded - plain).abs().max() / plain.abs().max()
     assert 1e-6 < difference < 0.05, "eight bits show, and show little"
-    chunks, _ = logits(model, tokens, [1, 7, 3, 14], torch.int8, page)
+    chunks, _ = in_passes(model, tokens, [1, 7, 3, 14], torch.int8, page)
     torch.testing.assert_close(chunks, coded, rtol=0, atol=1e-10)
-    alone, _ = logits(model, tokens[1:2], [25], torch.int8, page)
+    alone, _ = in_passes(model, tokens[1:2], [25], torch.int8, page)
     torch.testing.assert_close(alone[0], coded[1], rtol=0, atol=1e-10)
     assert narrow.bytes() < wide.bytes()
 
