@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from weft.data.load import open_batches
 from weft.data.prepare import Progress
 from weft.device import pick_device, pick_dtype
 from weft.errors import UserError
+from weft.methods import Place, method_of
 from weft.nn import build
-from weft.objectives.next_token import NextToken
 from weft.train.callbacks import Callback, TensorBoard
 from weft.train.heap import keep_freed_memory
 from weft.train.job import Compute, Job, Length
@@ -35,6 +34,7 @@ def run_recipe(
     progress  is told how far raw text has been turned into shards.
     """
     plan = make_plan(recipe)
+    method_of(recipe.objective).check(plan)
     check_out(Path(recipe.out))
     world = join_world(recipe.device)
     folder = RunFolder(recipe.out) if world.leads else None
@@ -72,18 +72,18 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
     out = Path(recipe.out)
     if not world.leads:
         world.wait()
-    shape = {"length": plan.length, "batch_size": recipe.batch.rows, "seed": recipe.seed}
-    batches = open_batches(
-        plan.data, **shape, tokenizer=plan.tokenizer, cache=out / "data", rank=world.rank, world=world.size, progress=progress
-    )
+    method, place = method_of(recipe.objective), Place(device, weights, world, out / "data", progress)
+    batches = method.batches(plan, place)
     if world.leads:
         world.wait()
     if recipe.eval.patience is not None and batches.valid is None:
         raise UserError("eval.patience is given but nothing is held out to evaluate on; give data.valid a share, or drop eval.patience.")
     model = build(plan.spec, device, weights, recipe.seed) if plan.checkpoint is None else load_weights(plan.checkpoint, device, weights)
+    policy = method.policy(plan, model, place)
+    setup = method.begin(plan, policy, place)
     return Job(
-        models={POLICY: model},
-        objective=NextToken(recipe.objective, depth=plan.spec.mtp.depth if plan.spec.mtp else 0, spec=plan.spec),
+        models={POLICY: policy, **setup.models},
+        objective=setup.objective,
         batches=batches,
         folder=folder,
         out=out,
@@ -99,4 +99,7 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
         seed=recipe.seed,
         world=world,
         essentials=recipe.essentials(),
+        optims=setup.optims,
+        facts=setup.facts,
+        engine=setup.engine,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from weft.data.load import DataSpec, parse_data
 from weft.data.shards import TOKENIZER, is_prepared, read_manifest
 from weft.errors import UserError, nearest
+from weft.objectives.settings import NextTokenSettings
 from weft.spec import GRU, LSTM, Attention, Learned, ModelSpec, model_spec, read_model_spec
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.train.recipe import Recipe
@@ -103,7 +104,7 @@ def _check(plan: Plan) -> None:
         raise UserError(
             f"batch.length is {plan.length} but the model has {spec.context} positions; lower it, or raise the model's context."
         )
-    if recipe.objective.mtp is not None and spec.mtp is None:
+    if isinstance(recipe.objective, NextTokenSettings) and recipe.objective.mtp is not None and spec.mtp is None:
         raise UserError(
             f"objective.mtp is {recipe.objective.mtp}, but the model has no modules for multi-token prediction; give it some with "
             "model.mtp.depth, or drop objective.mtp."

@@ -1,0 +1,15 @@
+"""How each kind of training begins: what it reads, which models it holds, and what it minimises. One file a kind of objective."""
+
+from weft.methods.method import Method, Place, Setup
+from weft.methods.next_token import NextTokenMethod
+from weft.objectives.settings import ObjectiveSettings
+
+METHODS: dict[str, Method] = {"next_token": NextTokenMethod()}
+
+
+def method_of(settings: ObjectiveSettings) -> Method:
+    """The method of what a recipe says under `objective`."""
+    return METHODS[settings.type]
+
+
+__all__ = ["METHODS", "Method", "Place", "Setup", "method_of"]
