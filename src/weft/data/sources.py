@@ -8,11 +8,11 @@ from pathlib import Path
 
 from weft.data.documents import Document
 from weft.data.records import read_jsonl_documents, read_parquet_documents
+from weft.data.rows import JSONL, PARQUET, ending
 from weft.data.text_files import PIECE_BYTES, read_text_documents
 from weft.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".parquet")  # what a folder is searched for without patterns
-JSONL, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
 # `train.jsonl`, `valid.txt`, `validation.parquet`, `train-00000-of-00002.parquet`
 SPLIT_NAME = re.compile(r"(train|valid|validation|val)([-_]\d[^.]*)?(\.(txt|jsonl|ndjson|parquet|pq)(\.gz)?)?")
 
@@ -60,7 +60,7 @@ def find_files(inputs: Sequence[str | Path], patterns: Sequence[str] = ()) -> Co
     for path in given:
         if not path.exists():
             raise UserError(f"there is no file or folder {path}; give a text, JSONL or Parquet file, or a folder of them.")
-        if path.is_file() and _kind(path) == ".json":
+        if path.is_file() and ending(path) == ".json":
             raise UserError(f'{path} is one JSON value; records are read one a line: convert it with `jq -c ".[]" {path} > {path}l`.')
     roles: dict[str, list[Path]] = {"train": [], "valid": [], "ignored": []}
     _add_splits([path for path in given if not path.is_dir()], roles, otherwise="train")
@@ -101,7 +101,7 @@ def _split(path: Path) -> str | None:
 
 def read_documents(path: Path, reading: Reading) -> Iterator[Document]:
     """Yield the documents of one file, by the ending of its name: JSONL, Parquet, or else text. `.gz` is read through."""
-    kind = _kind(path)
+    kind = ending(path)
     if kind in JSONL:
         return read_jsonl_documents(path, reading.field)
     if kind in PARQUET:
@@ -111,16 +111,11 @@ def read_documents(path: Path, reading: Reading) -> Iterator[Document]:
 
 def check_used(corpus: Corpus, reading: Reading) -> None:
     """Raise UserError for a setting that no file of the corpus would make use of."""
-    records = [_kind(path) in JSONL + PARQUET for path in corpus.files]
+    records = [ending(path) in JSONL + PARQUET for path in corpus.files]
     if reading.field is not None and not any(records):
         raise UserError(f"a field '{reading.field}' was named, but no file is JSONL or Parquet; leave the field out for plain text.")
     if reading.separator is not None and all(records):
         raise UserError("a separator line was given, but no file is plain text; in JSONL and Parquet each record is a document.")
-
-
-def _kind(path: Path) -> str:
-    """The ending that tells the format: `.jsonl` for `a.jsonl.gz`."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
 def _unique(paths: Sequence[Path]) -> tuple[Path, ...]:
@@ -134,7 +129,7 @@ def _unique(paths: Sequence[Path]) -> tuple[Path, ...]:
 def _matches(path: Path, patterns: Sequence[str]) -> bool:
     if patterns:
         return any(path.match(pattern) for pattern in patterns)
-    return _kind(path) in SUFFIXES
+    return ending(path) in SUFFIXES
 
 
 def _search(folder: Path, patterns: Sequence[str]) -> list[Path]:

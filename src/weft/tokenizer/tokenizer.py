@@ -2,6 +2,7 @@
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -135,6 +136,28 @@ class Tokenizer:
             check_unicode(text)
         return [self._framed(ids, bos) for ids in self._ids(texts, special)]
 
+    def encode_cut(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ids of a text with its special tokens read, as `apply_chat` reads it, and for each place in the text which id begins there.
+
+        cuts   [k] characters into the text. A token that lies across one belongs to what stands before it.
+        Returns (ids, [k] indices into them); an index is `len(ids)` where nothing follows.
+        """
+        check_unicode(text)
+        if self.text_encoder is None:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+            ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
+            places = [bisect_left(starts, cut) for cut in cuts]
+        else:
+            ids = self.text_encoder(text, True)
+            places = [_agreement(ids, self.text_encoder(text[:cut], True)) for cut in cuts]
+        framed = self._framed(ids, bos=True) if self.adds_bos else ids
+        return framed, [place + len(framed) - len(ids) for place in places]
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that is spelled out in a text."""
+        found = self._literal.search(text) if self._literal is not None else None
+        return None if found is None else found[0]
+
     def _ids(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         if self.text_encoder is not None:
             return [self.text_encoder(text, special) for text in texts]
@@ -262,6 +285,12 @@ class Tokenizer:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+def _agreement(ids: Sequence[int], beginning: Sequence[int]) -> int:
+    """Where in a text's ids those of its beginning end; one that goes on beyond the beginning is counted in."""
+    shared = next((i for i, (a, b) in enumerate(zip(ids, beginning, strict=False)) if a != b), min(len(ids), len(beginning)))
+    return shared if shared == len(beginning) else min(shared + 1, len(ids))
 
 
 def check_unicode(text: str) -> None:

@@ -1,0 +1,223 @@
+"""Files of records as rows with named columns: JSON Lines, JSON arrays, CSV, TSV, Parquet, and datasets of a hub."""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from weft.data.documents import decode, open_binary
+from weft.errors import UserError
+
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+JSONL, JSON, PARQUET = (".jsonl", ".ndjson"), (".json",), (".parquet", ".pq")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+ROW_FILES = (*JSONL, *JSON, *DELIMITERS, *PARQUET)
+PARQUET_ROWS = 1024  # rows held at once
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record as its file has it; `origin` is "file:row", for messages."""
+
+    columns: Mapping[str, Any]
+    origin: str
+
+
+Rows = Iterator[Row | UserError]  # an error stands in the place of a row that cannot be read, so that a check can go on
+
+
+def ending(path: Path) -> str:
+    """The ending that tells a file's format: `.jsonl` for `a.jsonl.gz`."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Whether a path that does not exist can be the name of a dataset: `owner/name`, or `owner/name:split`."""
+    return HUB_NAME.fullmatch(str(path)) is not None and not Path(path).exists() and ending(Path(str(path))) not in ROW_FILES
+
+
+def read_rows(path: str | Path, known: Collection[str] = ()) -> Rows:
+    """The rows of one file, by the ending of its name (`.gz` is read through), or of a dataset on the hub.
+
+    known   column names, in lower case: a CSV or TSV file whose first line has none of them, and two columns, is text and label without
+            a header.
+    Raises UserError for a file that cannot be read at all; a bad row is an error in its place.
+    """
+    if is_hub_name(path):
+        return _hub_rows(str(path))
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; give a file of records ({', '.join(ROW_FILES)}), or the name of a dataset, such as owner/name.")
+    kind = ending(path)
+    if kind in JSONL:
+        return read_jsonl_rows(path)
+    if kind in JSON:
+        return _json_rows(path)
+    if kind in DELIMITERS:
+        return _table_rows(path, DELIMITERS[kind], known)
+    if kind in PARQUET:
+        return read_parquet_rows(path)
+    raise UserError(f"{path} is no file of records, judged by its name; give one that ends in {', '.join(ROW_FILES)}.")
+
+
+def read_jsonl_rows(path: Path) -> Rows:
+    """The object of every line; blank lines are skipped. A line that is not UTF-8, not JSON or no object is an error in its place."""
+    with open_binary(path) as file:
+        number = 0
+        try:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(_BOM) if number == 1 else line
+                if line.strip():
+                    yield _parsed(line, path, number)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}:{number + 1}: reading stopped ({error}); the file may be cut short: fetch it again.") from None
+
+
+def _parsed(line: bytes, path: Path, number: int) -> Row | UserError:
+    origin = f"{path}:{number}"
+    try:
+        return Row(_parse(decode(line, path, number).rstrip("\r\n"), origin), origin)
+    except UserError as error:
+        return error
+
+
+def _parse(line: str, origin: str) -> dict[str, Any]:
+    """The JSON object of one line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        what = error.msg[0].lower() + error.msg[1:]
+        raise UserError(
+            f"{origin}: bad JSON at column {error.colno} ({what}) in {_excerpt(line, error.pos)}; "
+            "write each record as one JSON object on one line."
+        ) from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{origin}: bad JSON ({error}); write each record as one JSON object on one line.") from None
+    if not isinstance(record, dict):
+        fix = ' Turn a JSON array into lines with `jq -c ".[]" FILE`.' if isinstance(record, list) else ""
+        raise UserError(f'{origin}: the line is {KINDS[type(record)]}, not an object; write records like {{"text": "…"}}.{fix}')
+    return record
+
+
+def _excerpt(line: str, position: int) -> str:
+    """About 40 characters around a position, as a quoted string."""
+    start = max(0, position - 20)
+    return repr(line[start : position + 20])
+
+
+def _json_rows(path: Path) -> Rows:
+    """The objects of a JSON array, counted from 1; a file of that name that begins with an object is read line by line."""
+    with open_binary(path) as file:
+        try:
+            data = file.read().removeprefix(_BOM)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}: reading stopped ({error}); the file may be cut short: fetch it again.") from None
+    if data.lstrip()[:1] == b"{":
+        yield from (_parsed(line, path, number) for number, line in enumerate(io.BytesIO(data), 1) if line.strip())
+        return
+    try:
+        values = json.loads(decode(data, path, 1))
+    except json.JSONDecodeError as error:
+        what = error.msg[0].lower() + error.msg[1:]
+        raise UserError(f"{path}:{error.lineno}: bad JSON at column {error.colno} ({what}); write an array of objects.") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: bad JSON ({error}); write an array of objects.") from None
+    if not isinstance(values, list):
+        raise UserError(f"{path} is {KINDS[type(values)]}, not a list of records; write an array of objects.")
+    for number, value in enumerate(values, 1):
+        origin = f"{path}:{number}"
+        wrong = UserError(f"{origin}: the record is {KINDS[type(value)]}, not an object; give every record its columns by name.")
+        yield Row(value, origin) if isinstance(value, dict) else wrong
+
+
+def _table_rows(path: Path, delimiter: str, known: Collection[str]) -> Rows:
+    """The rows of a CSV or TSV file, numbered by the line they begin on. Quotes in a TSV file are ordinary characters."""
+    csv.field_size_limit(sys.maxsize)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    with open_binary(path) as file:
+        lines = (decode(line.removeprefix(_BOM) if n == 1 else line, path, n) for n, line in enumerate(file, 1))
+        reader, before = csv.reader(lines, delimiter=delimiter, quoting=quoting), 0
+        names: tuple[str, ...] = ()
+        try:
+            for cells in reader:
+                origin, before = f"{path}:{before + 1}", reader.line_num
+                if not any(cells):
+                    continue
+                if not names:
+                    names = _header(cells, origin, known)
+                    if [name.lower() for name in names] == [cell.strip().lower() for cell in cells]:
+                        continue
+                if len(cells) != len(names):
+                    yield UserError(f"{origin}: the row has {len(cells)} columns, but the file {len(names)} ({', '.join(names)}); mend it.")
+                else:
+                    yield Row(dict(zip(names, map(_number, names, cells), strict=True)), origin)
+        except (csv.Error, OSError, EOFError) as error:
+            raise UserError(f"{path}:{before + 1}: reading stopped ({error}); mend the row, or fetch the file again.") from None
+
+
+def _header(cells: Sequence[str], origin: str, known: Collection[str]) -> tuple[str, ...]:
+    """The names of a table's columns: its first line, or `text` and `label` where that is a row already."""
+    names = tuple(cell.strip() for cell in cells)
+    if {name.lower() for name in names} & set(known):
+        return names
+    if len(cells) == 2:
+        return "text", "label"
+    raise UserError(
+        f"{origin}: the first line has no column name that is known ({', '.join(name[:20] for name in names[:5])}); begin the file with a "
+        "header, such as `prompt,completion`."
+    )
+
+
+def _number(name: str, cell: str) -> str | int:
+    """A table has no types: a label of digits is a number there."""
+    return int(cell) if name.lower() == "label" and re.fullmatch(r"\s*\d{1,9}\s*", cell) else cell
+
+
+def read_parquet_rows(path: Path, choose: Callable[[Any], Sequence[str]] | None = None) -> Iterator[Row]:
+    """Every row, `PARQUET_ROWS` held at once; `choose` names the columns to read from the file's Arrow schema.
+
+    Raises UserError where pyarrow is not installed, or the file is damaged.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path} is Parquet, which needs pyarrow; install it with: pip install 'weft[data]'.") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = None if choose is None else list(choose(file.schema_arrow))
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield Row(record, f"{path}:{number}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not readable as Parquet after row {number} ({reason}); write or fetch the file again.") from None
+
+
+def _hub_rows(name: str) -> Rows:
+    """The rows of a dataset on the hub, its `train` split unless another is named after a colon."""
+    try:
+        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        raise UserError(f"there is no file {name}, and datasets are fetched with: pip install 'weft[data]'; or give a file.") from None
+    repository, _, split = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, split=split or "train")
+    except Exception as error:  # whatever the hub, the network or the dataset's own files raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"there is no file {name}, and no dataset of that name could be fetched ({reason}); give a file of records, or check name and "
+            "network."
+        ) from None
+    for number, columns in enumerate(rows, 1):
+        yield Row(columns, f"{name}:{number}")
