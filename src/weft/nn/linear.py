@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.nn.fill import fill_normal
-from weft.nn.packed import ROWS, PackedWeight
+from weft.nn.packed import ROWS, PackedWeight, TiledWeight
+from weft.nn.packed_nf4 import DoubleNF4Weight
 from weft.spec.quant import GROUP, Quant
 
 
@@ -49,15 +50,15 @@ def pack_structure(model: nn.Module, quant: Quant) -> None:
     for module in list(model.modules()):
         for name in getattr(module, "stacked", ()):
             experts, rows, columns = getattr(module, name).shape
-            if fits(columns) and rows % ROWS == 0:
+            if columns % quant.group == 0 and rows % ROWS == 0:
                 delattr(module, name)
-                setattr(module, name, PackedWeight(experts * rows, columns, quant.type, quant.minimum))
-        if isinstance(module, Linear) and fits(module.in_features):
-            _replace(module, PackedWeight(module.out_features, module.in_features, quant.type, quant.minimum))
+                setattr(module, name, packed_weight(experts * rows, columns, quant))
+        if isinstance(module, Linear) and module.in_features % quant.group == 0:
+            _replace(module, packed_weight(module.out_features, module.in_features, quant))
         elif quant.table != "float" and getattr(module, "is_table", False) and isinstance(module.weight, Tensor):
             rows, columns = module.weight.shape
-            if fits(columns):
-                _replace(module, PackedWeight(rows, columns, quant.table))
+            if columns % GROUP == 0:
+                _replace(module, TiledWeight(rows, columns, quant.table))
 
 
 def num_plain(module: nn.Module) -> int:
@@ -66,9 +67,9 @@ def num_plain(module: nn.Module) -> int:
     return sum(isinstance(getattr(module, name), Tensor) for name in names)
 
 
-def fits(columns: int) -> bool:
-    """Whether rows of so many weights can be packed."""
-    return columns % GROUP == 0
+def packed_weight(rows: int, columns: int, quant: Quant) -> PackedWeight:
+    """An empty weight of a format."""
+    return DoubleNF4Weight(rows, columns, quant) if quant.double else TiledWeight(rows, columns, quant.type, quant.minimum)
 
 
 def _replace(module: nn.Module, packed: PackedWeight) -> None:

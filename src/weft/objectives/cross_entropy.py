@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.nn import Model
+from weft.nn.packed import PackedWeight
 
 LEAST_TOKENS = 256  # of a chunk: with fewer, adding up the head's gradient costs more than the logits save
 CPU_LOGITS, CPU_COMPILED_LOGITS, GPU_LOGITS = 1 << 20, 1 << 22, 1 << 27  # 4 MB lies in a cache; compiled chunks cost compile time
@@ -44,9 +45,13 @@ class Sums(NamedTuple):
 
 
 def head_of(model: Model) -> Head:
-    """The head of a model; a tied one is its embedding."""
+    """The head of a model; a tied one is its embedding. One in fewer bits is written out in the dtype of the products."""
     head = model.head
-    return Head(model.embed.weight if head.weight is None else head.weight, head.bias, head.softcap)
+    weight = model.embed.weight if head.weight is None else head.weight
+    if isinstance(weight, PackedWeight):
+        device = model.device.type
+        weight = weight.dequantise(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype)
+    return Head(weight, head.bias, head.softcap)
 
 
 def naive_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing = Smoothing()) -> Sums:

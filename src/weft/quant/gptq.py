@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from weft.quant.rounding import Codes, Levels, as_codes, fit
-from weft.spec.quant import GROUP, Quant
+from weft.spec.quant import Quant
 
 DAMPING = 0.01  # of the mean diagonal, added to it: inputs that never vary would make the system singular
 
@@ -19,8 +19,8 @@ def round_with_compensation(weight: Tensor, inputs: Tensor, quant: Quant) -> Cod
     factor = _inverse_factor(inputs.float())
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
     scales, minima = [], []
-    for start in range(0, len(rest), GROUP):
-        end = start + GROUP
+    for start in range(0, len(rest), quant.group):
+        end = start + quant.group
         levels = fit(rest[start:end].t(), quant)
         by_row = Levels(quant, levels.scale[:, 0], None if levels.minimum is None else levels.minimum[:, 0])
         errors = torch.empty_like(rest[start:end])
@@ -32,7 +32,7 @@ def round_with_compensation(weight: Tensor, inputs: Tensor, quant: Quant) -> Cod
         scales.append(levels.scale)
         minima.append(levels.minimum)
     minimum = None if minima[0] is None else torch.stack([m for m in minima if m is not None], 1)
-    return as_codes(codes.t().unflatten(1, (-1, GROUP)), Levels(quant, torch.stack(scales, 1), minimum))
+    return as_codes(codes.t().unflatten(1, (-1, quant.group)), Levels(quant, torch.stack(scales, 1), minimum))
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def quantize(
     packed = {name: module for name, module in made.named_modules() if isinstance(module, PackedWeight)}
     for name, module in packed.items():
         if not name.startswith("blocks."):  # tables in 8 bits; modules for multi-token prediction, which guess, without calibration
-            module.fill(*round_to_nearest(copied[name].flatten(0, -2), quant if name.startswith("mtp.") else Quant(type="int8")))
+            module.fill(*round_to_nearest(copied[name].flatten(0, -2), module.quant))
     states = _Calibration(model, calibration) if method == "gptq" else None
     for i in range(len(model.blocks)):
         own = {name: module for name, module in packed.items() if name.startswith(f"blocks.{i}.")}

@@ -6,14 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weft.nn.packed import NF4
-from weft.spec.quant import GROUP, Quant
+from weft.nn.packed import AT_ONCE, NF4
+from weft.spec.quant import Quant
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, tried in turn: cutting off the largest weight may round the others better
 
 
 class Codes(NamedTuple):
-    """What `PackedWeight.fill` takes: uint8 [rows, columns], float16 [rows, columns / 32], and the same or None."""
+    """What `fill` of a packed weight takes: uint8 [rows, columns], scales [rows, groups] in float16 (float32 where they are rounded in their
+    turn), and the same or None."""
 
     codes: Tensor
     scale: Tensor
@@ -21,7 +22,8 @@ class Codes(NamedTuple):
 
 
 class Levels(NamedTuple):
-    """The levels of groups [..., 32]: float32 [..., 1] scales, already rounded to float16, and minima where there are any."""
+    """The levels of groups [..., n]: float32 [..., 1] scales, already rounded to float16 but for those that are rounded in their turn, and
+    minima where there are any."""
 
     quant: Quant
     scale: Tensor
@@ -48,7 +50,7 @@ class Levels(NamedTuple):
 
 
 def fit(groups: Tensor, quant: Quant) -> Levels:
-    """Levels for groups [..., 32] float32 that leave the smallest squared error of those tried."""
+    """Levels for groups [..., n] float32 that leave the smallest squared error of those tried."""
     best, error = None, None
     shrinks = SHRINK if quant.type == "int4" else SHRINK[:1]
     for shrink in shrinks:
@@ -69,7 +71,7 @@ def _levels(groups: Tensor, quant: Quant, shrink: float) -> Levels:
         low, high = groups.amin(-1, keepdim=True) * shrink, groups.amax(-1, keepdim=True) * shrink
         return Levels(quant, _half((high - low) / 15), _half(low))
     most = groups.abs().amax(-1, keepdim=True) * shrink
-    return Levels(quant, _half(most / {"int8": 127, "int4": 7, "nf4": 1}[quant.type]), None)
+    return Levels(quant, most if quant.double else _half(most / {"int8": 127, "int4": 7, "nf4": 1}[quant.type]), None)
 
 
 def _half(values: Tensor) -> Tensor:
@@ -78,12 +80,19 @@ def _half(values: Tensor) -> Tensor:
 
 def round_to_nearest(weight: Tensor, quant: Quant) -> Codes:
     """Codes of a matrix [rows, columns], each weight by itself."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    stretches = [_round(rows, quant) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
+    codes, scale, minimum = zip(*stretches, strict=True)
+    return Codes(torch.cat(codes), torch.cat(scale), None if minimum[0] is None else torch.cat(minimum))
+
+
+def _round(rows: Tensor, quant: Quant) -> Codes:
+    groups = rows.float().unflatten(1, (-1, quant.group))
     levels = fit(groups, quant)
     return as_codes(levels.codes(groups), levels)
 
 
 def as_codes(codes: Tensor, levels: Levels) -> Codes:
-    """Codes [rows, groups, 32] and their levels as they are stored."""
+    """Codes [rows, groups, n] and their levels as they are stored."""
     minimum = None if levels.minimum is None else levels.minimum[..., 0].half()
-    return Codes(codes.flatten(1), levels.scale[..., 0].half(), minimum)
+    scale = levels.scale[..., 0]
+    return Codes(codes.flatten(1), scale if levels.quant.double else scale.half(), minimum)

@@ -60,6 +60,31 @@ def load_tensors(ours: Mapping[str, Tensor], rules: Iterable[Rule], files: Tenso
                 _check_alias(files, alias, names.real(alias.name), name, place, what)
 
 
+@torch.no_grad()
+def read_tensors(
+    shapes: Mapping[str, Tensor], rules: Iterable[Rule], files: TensorSource, prefix: str, what: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors out of `files`, one after the other, so that only one need be in memory; with the checks of `load_tensors`, which come
+    before the first is read.
+
+    shapes  our tensors, of which shape and dtype are taken: those of a model on `meta` will do.
+    """
+    rules = list(rules)
+    names = _Names(files, rules, prefix, what)
+    _plan({name: torch.empty_like(tensor, device="meta") for name, tensor in shapes.items()}, rules, names, what)
+    aliases = [rule for rule in rules if isinstance(rule, Alias) and names.real(rule.name) in names.stored]
+    for rule in rules:
+        if isinstance(rule, Drop | Alias):
+            continue
+        tensor = torch.empty(shapes[rule.ours].shape, dtype=shapes[rule.ours].dtype)
+        for name, source, place in _plan({rule.ours: tensor}, [rule], names, what):
+            _read(files, name, source, place)
+            for alias in aliases:
+                if alias.of == source.name:
+                    _check_alias(files, alias, names.real(alias.name), name, place, what)
+        yield rule.ours, tensor
+
+
 class _Names:
     """The names a file really has for the names that rows give: with or without the prefix, or an older word."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from weft import kernels
-from weft.nn.packed import NF4, PackedWeight, multiply_gated
+from weft.nn.packed import NF4, TiledWeight, multiply_gated
 
 KINDS = [("int8", False), ("int4", False), ("int4", True), ("nf4", False)]
 
@@ -14,7 +14,7 @@ def example(kind, minimum, rows=50, columns=96, seed=0):
     codes = torch.randint(0, 256 if kind == "int8" else 16, (rows, columns), dtype=torch.uint8, generator=generator)
     scale = (0.01 + torch.rand(rows, columns // 32, generator=generator)).half()
     lowest = -torch.rand(rows, columns // 32, generator=generator).half() if minimum else None
-    return PackedWeight(rows, columns, kind, minimum).fill(codes, scale, lowest), codes, scale, lowest
+    return TiledWeight(rows, columns, kind, minimum).fill(codes, scale, lowest), codes, scale, lowest
 
 
 @pytest.mark.parametrize(("kind", "minimum"), KINDS)

@@ -12,6 +12,7 @@ from weft.engine import Engine, Request, SamplingParams
 from weft.engine.mtp_draft import MTPDrafter
 from weft.engine.speculation import FixedLength, Speculation
 from weft.nn import build
+from weft.nn.linear import packed_weight
 from weft.nn.packed import PackedWeight
 from weft.quant import Reference, dequantize, quantize
 from weft.quant.gptq import round_with_compensation
@@ -30,7 +31,7 @@ HYBRID = {**SPEC, "layers": [*SPEC["layers"], {"mixer": {"type": "mamba", "state
 
 
 def error(weight, codes, quant, inputs):
-    packed = PackedWeight(*weight.shape, quant.type, quant.minimum).fill(*codes)
+    packed = packed_weight(*weight.shape, quant).fill(*codes)
     return ((packed.dequantise() - weight) @ inputs.T).square().mean().item()
 
 
@@ -50,7 +51,7 @@ def test_compensation_beats_rounding_on_inputs_that_hang_together(quant):
 def test_rounding_is_within_half_a_step():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     codes = round_to_nearest(weight, Quant(type="int8"))
-    back = PackedWeight(8, 64, "int8").fill(*codes).dequantise()
+    back = packed_weight(8, 64, Quant(type="int8")).fill(*codes).dequantise()
     step = weight.view(8, 2, 32).abs().amax(-1, keepdim=True) / 127
     assert ((back - weight).view(8, 2, 32).abs() <= 0.51 * step).all()
 
@@ -62,7 +63,7 @@ def test_modules_for_multi_token_prediction_are_rounded_and_draft(quant):
     matrix = made.mtp[1].eh_proj.weight
     assert isinstance(matrix, PackedWeight)
     assert matrix.kind == quant.type
-    right = PackedWeight(64, 128, quant.type, quant.minimum).fill(*round_to_nearest(model.mtp[1].eh_proj.weight, quant))
+    right = packed_weight(64, 128, quant).fill(*round_to_nearest(model.mtp[1].eh_proj.weight, quant))
     assert torch.equal(matrix.dequantise(), right.dequantise())
     request = Request([3, 1, 4, 1, 5], SamplingParams(max_tokens=40))
     engine = Engine(made, draft=Speculation(MTPDrafter(made), FixedLength(2)))

@@ -7,7 +7,7 @@ from weft import kernels
 from weft.engine import Engine, Request, SamplingParams
 from weft.engine.measure import bytes_read
 from weft.nn import build
-from weft.nn.linear import num_plain
+from weft.nn.linear import num_plain, packed_weight
 from weft.nn.packed import PackedWeight
 from weft.quant import Reference, dequantize, quantize
 from weft.quant.rounding import round_to_nearest
@@ -36,7 +36,7 @@ def test_each_expert_is_rounded_as_if_it_stood_alone(quant):
     assert isinstance(units.gate_up, PackedWeight)
     for name in ("gate_up", "down"):
         whole, stacked = getattr(units, name), getattr(model.blocks[1].channel.units, name)
-        alone = PackedWeight(*stacked.shape[1:], quant.type, quant.minimum).fill(*round_to_nearest(stacked[3], quant))
+        alone = packed_weight(*stacked.shape[1:], quant).fill(*round_to_nearest(stacked[3], quant))
         assert torch.equal(whole.dequantise().view(stacked.shape)[3], alone.dequantise())
     router = made.blocks[1].channel.router
     assert torch.equal(router.weight, model.blocks[1].channel.router.weight)

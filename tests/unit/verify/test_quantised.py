@@ -6,7 +6,7 @@ import pytest
 import torch
 from verify_cases import checks, folder, run, tokenizer
 
-from weft.nn.packed import PackedWeight
+from weft.nn.packed import TiledWeight
 from weft.quant import quantize
 from weft.spec import Quant
 from weft.weights.load import load_model
@@ -36,10 +36,10 @@ def test_quantised_models_pass(name: str, kind: str, quantised: dict[str, Path])
 
 
 def test_wrong_products_are_noticed(quantised: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = PackedWeight.multiply
+    sound = TiledWeight.multiply
 
-    def wrong(self: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def wrong(self: TiledWeight, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return sound(self, x, bias) * 1.1
 
-    monkeypatch.setattr(PackedWeight, "multiply", wrong)
+    monkeypatch.setattr(TiledWeight, "multiply", wrong)
     assert checks(quantised["hybrid-int8"])["quantised drift"].outcome.status == "fail"
