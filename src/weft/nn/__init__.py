@@ -4,8 +4,11 @@
 from weft.nn import attention, channel, cross_attention, entmax_attention, experts, latent_attention, mamba, recurrent, rwkv  # noqa: F401
 from weft.nn.arena import Arena
 from weft.nn.mixer import Mixer, Side, register, registered
-from weft.nn.model import Model, Output, build, initialise, materialise
+from weft.nn.model import Model, Output, add_score, build, initialise, materialise
 from weft.nn.runner import Runner
 from weft.nn.step import Step
 
-__all__ = ["Arena", "Mixer", "Model", "Output", "Runner", "Side", "Step", "build", "initialise", "materialise", "register", "registered"]
+__all__ = [
+    "Arena", "Mixer", "Model", "Output", "Runner", "Side", "Step", "add_score", "build", "initialise", "materialise", "register",
+    "registered",
+]  # fmt: skip

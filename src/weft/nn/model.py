@@ -54,9 +54,9 @@ class Output:
 class Model(nn.Module):
     """A stack of blocks between an embedding and a head, as a ModelSpec describes it.
 
-    It owns no decode state: that is the arena's. A tied head is the embedding's own parameter. `fast` lets a quantised model take coarser
-    products in long passes over state, and latent attention write keys and values out in them: what a token gets then depends on its
-    chunk. `int8_state` keeps keys and values in 8 bits.
+    It owns no decode state: that is the arena's. A tied head is the embedding's own parameter. `score` is a classifier's or reward model's
+    second head, or None. `fast` lets a quantised model take coarser products in long passes over state, and latent attention write keys
+    and values out in them: what a token gets then depends on its chunk. `int8_state` keeps keys and values in 8 bits.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -71,6 +71,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(build_block(block, site) for block in blocks)
         self.norm = build_norm(spec.norm, spec.dim) if spec.final_norm else None
         self.head = Head(spec)
+        self.score = ScoreHead(spec.dim, spec.score, spec.init_std) if spec.score is not None else None
         self.mtp = nn.ModuleList(MTPModule(spec, site) for _ in range(spec.mtp.depth if spec.mtp else 0))
         self.gradient_checkpointing = False
         self.fast = self.int8_state = False
@@ -227,6 +228,26 @@ class Head(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+class ScoreHead(nn.Module):
+    """A linear map [..., D] -> [..., outputs] without bias, beside the language model's head: logits of classes, or a reward.
+
+    In float32 under autocast: rewards that differ by little must not be rounded together.
+    """
+
+    def __init__(self, dim: int, outputs: int, std: float) -> None:
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(outputs, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fill_normal(self.weight, self.std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return affine(hidden.to(self.weight.dtype), self.weight)
+
+
 class Embedding(nn.Embedding):
     """A table of token vectors drawn from N(0, std^2)."""
 
@@ -255,6 +276,18 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", dtype: torch.dtyp
     if torch.device(device).type == "meta":
         return model
     initialise(materialise(model, device), seed)
+    return model
+
+
+def add_score(model: Model, outputs: int, seed: int, labels: Sequence[str] = ()) -> Model:
+    """Put a fresh score head of so many outputs on a model, in place of one that it may have; its spec says so afterwards.
+
+    labels  names of the outputs, or none.
+    """
+    spec = ModelSpec.model_validate({**model.spec.model_dump(), "score": outputs, "labels": tuple(labels)})
+    head = ScoreHead(spec.dim, outputs, spec.init_std).to(model.device, model.dtype)
+    initialise(head, seed)
+    model.spec, model.score = spec, head
     return model
 
 

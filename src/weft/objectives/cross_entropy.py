@@ -76,20 +76,20 @@ def linear_cross_entropy(
     range); chunk tokens at a time (None: as many as suit the device). Products run in autocast's dtype where it is on, sums over ids
     and tokens in float32 (float64 stays).
     """
-    chunk = chunk or _chunk(hidden.device.type, head.weight.shape[0])
+    chunk = chunk or tokens_at_once(hidden.device.type, head.weight.shape[0])
     if torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
         loss, nll = _Chunked.apply(hidden, head.weight, head.bias, targets, mask, head.softcap, smoothing, chunk)
         return Sums(loss, nll)
     return _sweep(hidden, head, targets, mask, smoothing, chunk, None)
 
 
-def _chunk(device: str, vocab: int) -> int:
+def tokens_at_once(device: str, vocab: int) -> int:
     """Tokens at a time: as many as keep the logits where they are quick to reach."""
     cpu = CPU_COMPILED_LOGITS if torch.compiler.is_compiling() else CPU_LOGITS
     return max(LEAST_TOKENS, (cpu if device == "cpu" else GPU_LOGITS) // vocab)
 
 
-class _Gradients:
+class Gradients:
     """Gradients of the summed loss, filled chunk by chunk; None where nobody asks for one."""
 
     def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype, wanted: tuple[bool, bool, bool]) -> None:
@@ -109,7 +109,7 @@ class _Gradients:
 
 
 def _sweep(
-    hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing, chunk: int, gradients: _Gradients | None
+    hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing, chunk: int, gradients: Gradients | None
 ) -> Sums:
     """Both sums, one chunk of tokens after another, and the gradients of the first one."""
     device = hidden.device.type
@@ -124,7 +124,7 @@ def _sweep(
             logits = F.linear(h, weight, bias).to(wide)
             if head.softcap is not None:
                 logits = head.softcap * torch.tanh(logits / head.softcap)
-            shares, log_partition = _softmax(logits)
+            shares, log_partition = probabilities(logits)
             nll = log_partition - logits.gather(-1, target)[:, 0]
             losses = (1 - smoothing.label) * nll + smoothing.z * log_partition.square()
             if smoothing.label:
@@ -138,7 +138,7 @@ def _sweep(
     return Sums(sums[0], sums[1])
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities [C, V] and the log-partition function [C] of logits [C, V].
 
     The partition function is read off the most probable id, whose share is at least 1 / V: one fused kernel and one look at the
@@ -180,7 +180,7 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = Head(weight, bias, softcap)
-        gradients = _Gradients(hidden, head, wide, ctx.needs_input_grad[:3])
+        gradients = Gradients(hidden, head, wide, ctx.needs_input_grad[:3])
         loss, nll = _sweep(hidden, head, targets, mask, smoothing, chunk, gradients)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)

@@ -94,6 +94,8 @@ class ModelSpec(Spec):
     logit_softcap     logits become softcap * tanh(logits / softcap) (Gemma 2).
     init_std          standard deviation of initial weights; those that write into the residual stream have it over sqrt(2 layers).
     quant             how matrices are stored in fewer bits.
+    score             outputs of a linear head beside the language model's, without bias: the classes of a classifier, 1 for a reward model.
+    labels            what those outputs are called; nothing where they have no names.
     mtp               modules for multi-token prediction. Counts and costs leave them out unless asked: they serve training and drafts.
     """
 
@@ -112,6 +114,8 @@ class ModelSpec(Spec):
     init_std: PositiveFloat = 0.02
     quant: Quant | None = None
     mtp: MTP | None = None
+    score: PositiveInt | None = None
+    labels: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSpec":
@@ -125,6 +129,9 @@ class ModelSpec(Spec):
                 rope = getattr(part, "rope", None)
                 if rope is not None and hasattr(part, "width") and part.width(self.dim) % 2:
                     raise ValueError(f"head_dim is {part.width(self.dim)}; rotary positions need an even one.")
+        if self.labels and len(self.labels) != (self.score or 0):
+            given = f"labels names {len(self.labels)} outputs but score is {self.score}"
+            raise ValueError(f"{given}; name each output of the score head, or none.")
         return self
 
     def blocks(self) -> list[Block]:
@@ -145,6 +152,7 @@ class ModelSpec(Spec):
         if embeddings:
             total += self.vocab * self.dim * (1 if self.tie_embeddings else 2) + self.head_bias * self.vocab
             total += self.position.num_params(self.dim)
+            total += (self.score or 0) * self.dim
         return total
 
     def flops(self, length: int) -> int:

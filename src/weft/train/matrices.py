@@ -15,7 +15,7 @@ Kind = Literal["matrix", "head", "table", "vector"]
 class Weight:
     """A trained parameter by its name in the model.
 
-    kind  "matrix": a linear map inside a block. "head": an untied output matrix. "table": embeddings, token or position.
+    kind  "matrix": a linear map inside a block. "head": an untied output matrix, or a score head's. "table": embeddings, token or position.
           "vector": norms, biases, convolution taps, state-space constants: whatever is not a map between channels.
     rows  of a matrix: how many rows each of the matrices fused in it has (queries, keys, values; gate, up; those of every expert).
     """
@@ -37,7 +37,7 @@ def trained_weights(model: Model) -> list[Weight]:
             continue
         if name in fused or name in linear:
             weights.append(Weight(name, parameter, "matrix", fused.get(name, (parameter.shape[0],))))
-        elif name == "head.weight":
+        elif name in ("head.weight", "score.weight"):
             weights.append(Weight(name, parameter, "head"))
         elif name in ("embed.weight", "position.weight"):
             weights.append(Weight(name, parameter, "table"))

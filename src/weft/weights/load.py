@@ -20,7 +20,7 @@ from weft.weights.gguf_packed import fill_packed, stored_quant
 from weft.weights.hub import find_model
 from weft.weights.map import TensorSource, identity_rules, load_tensors, stored_state
 from weft.weights.scaled import ScaledFiles
-from weft.zoo import FAMILIES, Family, from_config, llama_gguf
+from weft.zoo import FAMILIES, Family, from_config, held, llama_gguf, rules_of
 from weft.zoo.config import scaled_blocks
 from weft.zoo.family import explained
 from weft.zoo.rules import Rule
@@ -53,7 +53,7 @@ class Checkpoint:
         """The rows that lead from this file to `model`."""
         if self.is_gguf:
             return llama_gguf.rules(self.spec)
-        return self.family.rules(self.spec) or identity_rules(model)
+        return rules_of(self.family, self.spec) or identity_rules(model)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     family, spec = from_config(config)
     block = scaled_blocks(config)
     files = TensorFiles(path) if block is None else ScaledFiles(path, block)
-    return Checkpoint(path, family, family.held(spec, files.names), config, files)
+    return Checkpoint(path, family, held(family, spec, files.names), config, files)
 
 
 def load_weights(

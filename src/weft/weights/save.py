@@ -12,7 +12,7 @@ from weft.files import atomic_folder, atomic_write
 from weft.nn import Model
 from weft.weights.files import write_safetensors
 from weft.weights.map import identity_rules, stored_state, stored_tensors
-from weft.zoo import Family, describe
+from weft.zoo import Family, class_name, describe, rules_of
 
 # What a model folder may hold: a folder with anything else in it is somebody's, and is not replaced.
 _MODEL_FILES = (
@@ -80,12 +80,12 @@ def write_folder(
     """The same into an existing empty folder, file by file."""
     family, described = describe(model.spec, family)
     tensors = stored_state(model)
-    rules = family.rules(model.spec) or identity_rules(model)
+    rules = rules_of(family, model.spec) or identity_rules(model)
     write_safetensors(folder, stored_tensors(tensors, rules), max_shard_bytes, dtype=dtype)
     stored = dtype or model.dtype
     ids = special_ids(tokenizer)
     config = {
-        "architectures": [family.architecture],
+        "architectures": [class_name(family, model.spec)],
         "model_type": family.model_type,
         **described,
         **ids,

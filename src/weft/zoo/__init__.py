@@ -8,6 +8,7 @@ import pydantic
 from weft.errors import UserError, nearest, unknown
 from weft.spec import ModelSpec
 from weft.zoo import deepseek, gemma, gemma3, gpt, gpt_neo, llama, mamba, mistral, mixtral, qwen, qwen_moe
+from weft.zoo.classifier import class_name, held, language_model, read_spec, rules_of, score_config
 from weft.zoo.family import Entry, Family, explained, expresses
 from weft.zoo.native import NATIVE
 
@@ -39,7 +40,9 @@ REFUSED = {"gemma3": gemma3.IMAGES}
 _MODULES = (gpt, gpt_neo, llama, mistral, mixtral, qwen, qwen_moe, gemma, gemma3, deepseek, mamba)
 ENTRIES: dict[str, Entry] = {entry.name: entry for module in _MODULES for entry in module.ENTRIES}
 
-__all__ = ["ENTRIES", "FAMILIES", "Entry", "Family", "describe", "entry", "family_of", "from_config"]
+__all__ = [
+    "ENTRIES", "FAMILIES", "Entry", "Family", "class_name", "describe", "entry", "family_of", "from_config", "held", "rules_of",
+]  # fmt: skip
 
 
 def entry(name: str) -> Entry:
@@ -64,7 +67,7 @@ def from_config(config: Mapping[str, Any]) -> tuple[Family, ModelSpec]:
             raise UserError(REFUSED[str(model_type)])
         raise unknown("model_type in config.json", str(model_type), by_type)
     try:
-        return family, family.from_config(config)
+        return family, read_spec(family, config)
     except pydantic.ValidationError as error:
         raise explained(f"config.json ({model_type})", error) from None
 
@@ -74,10 +77,12 @@ def describe(spec: ModelSpec, prefer: Family | None = None) -> tuple[Family, dic
 
     `prefer` is asked first: a Mistral without a window can be saved as Llama, but who loaded a Mistral expects one.
     """
-    first = [prefer] if prefer is not None else []
+    first, model = [prefer] if prefer is not None else [], language_model(spec)
     for family in [*first, *FAMILIES.values()]:
-        if family is not NATIVE and (config := expresses(family, spec)) is not None:
-            return family, config
+        if family is NATIVE or (spec.score is not None and family.classifier is None):
+            continue
+        if (config := expresses(family, model)) is not None:
+            return family, {**config, **score_config(spec)}
     return NATIVE, NATIVE.to_config(spec)
 
 

@@ -34,6 +34,7 @@ class Family:
     to_config      spec -> config.json's architecture keys; raises Inexpressible.
     rules          spec -> the rows of the weight map.
     held           spec, and the names of a file's tensors -> the spec without what the config promises and files may leave out.
+    classifier     the class of a model of this family with a score head; None where transformers has none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     to_config: Callable[[ModelSpec], dict[str, Any]]
     rules: Callable[[ModelSpec], list[Rule]]
     held: Callable[[ModelSpec, Collection[str]], ModelSpec] = lambda spec, names: spec
+    classifier: str | None = None
 
 
 @dataclass(frozen=True)

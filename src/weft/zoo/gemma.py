@@ -77,6 +77,7 @@ GEMMA2 = Family(
     name="gemma2",
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
+    classifier="Gemma2ForSequenceClassification",
     prefix="model.",
     from_config=from_config,
     to_config=to_config,

@@ -79,6 +79,7 @@ GEMMA3 = Family(
     name="gemma3",
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    classifier="Gemma3TextForSequenceClassification",
     prefix="model.",
     from_config=from_config,
     to_config=to_config,

@@ -120,6 +120,7 @@ GPT_NEO = Family(
     name="gpt-neo",
     model_type="gpt_neo",
     architecture="GPTNeoForCausalLM",
+    classifier="GPTNeoForSequenceClassification",
     prefix="transformer.",
     from_config=from_config,
     to_config=to_config,

@@ -48,6 +48,7 @@ LLAMA = Family(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
+    classifier="LlamaForSequenceClassification",
     prefix="model.",
     from_config=from_config,
     to_config=to_config,

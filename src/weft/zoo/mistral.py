@@ -39,6 +39,7 @@ MISTRAL = Family(
     name="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
+    classifier="MistralForSequenceClassification",
     prefix="model.",
     from_config=from_config,
     to_config=to_config,

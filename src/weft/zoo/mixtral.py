@@ -51,6 +51,7 @@ MIXTRAL = Family(
     name="mixtral",
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    classifier="MixtralForSequenceClassification",
     prefix="model.",
     from_config=from_config,
     to_config=to_config,

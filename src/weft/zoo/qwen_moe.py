@@ -79,6 +79,7 @@ QWEN3_MOE = Family(
     name="qwen3_moe",
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    classifier="Qwen3MoeForSequenceClassification",
     prefix="model.",
     from_config=from_config,
     to_config=to_config,

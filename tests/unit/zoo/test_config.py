@@ -305,7 +305,7 @@ def test_a_rotation_a_kind_of_layer_in_both_styles() -> None:
         (SMOLLM2, {"pretraining_tp": 2}, ["pretraining_tp", "2"]),
         (SMOLLM2, {"rope_interleaved": True}, ["rope_interleaved", "True"]),
         (SMOLLM2, {"attention_bias": "yes"}, ["attention_bias", "yes"]),
-        (SMOLLM2, {"architectures": ["LlamaForSequenceClassification"]}, ["architectures", "LlamaForCausalLM"]),
+        (SMOLLM2, {"architectures": ["LlamaForTokenClassification"]}, ["architectures", "LlamaForCausalLM"]),
         (SMOLLM2, {"num_experts": 8}, ["num_experts", "8", "Remove it"]),
         (SMOLLM2, {"use_rope": False}, ["use_rope", "False"]),
         (SMOLLM2, {"auto_map": {"AutoModel": "x.py"}}, ["auto_map"]),
