@@ -27,6 +27,13 @@ class Block(nn.Module):
         self._norms = self.norm_names()
         for name in self._norms:
             self.add_module(name, build_norm(norm, site.dim))
+        self.behind: nn.ModuleDict | None = None
+
+    def add_behind(self, name: str, module: nn.Module) -> None:
+        """Let a module change what the part `name` writes: [B, T, D] -> [B, T, D]."""
+        if self.behind is None:
+            self.behind = nn.ModuleDict()
+        self.behind[name] = module
 
     def norm_names(self) -> list[str]:
         return [f"{name}_norm" for name in self.names]
@@ -47,6 +54,8 @@ class Block(nn.Module):
 
     def _part(self, name: str, x: Tensor, step: Step, views: Mapping[str, Any] | None, sides: Sides) -> Tensor:
         y, sides[name] = getattr(self, name)(x, step, None if views is None else views[name])
+        if self.behind is not None and name in self.behind:
+            y = self.behind[name](y)
         dropped: Tensor = self.dropout(y) if self.training else y
         return dropped
 

@@ -58,7 +58,8 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor, step: Step, views: State | None = None) -> tuple[Tensor, Side]:
         if self.spec.activation == "silu" and kernels.usable(x):
-            if not self.spec.bias and isinstance(self.gate_up.weight, PackedWeight) and isinstance(self.down.weight, PackedWeight):
+            plain = not self.spec.bias and self.gate_up.adapter is None and self.down.adapter is None
+            if plain and isinstance(self.gate_up.weight, PackedWeight) and isinstance(self.down.weight, PackedWeight):
                 return multiply_gated(x, self.gate_up.weight, self.down.weight), Side()
             return self.down(kernels.ops.silu_gate(self.gate_up(x))), Side()
         both = self.gate_up(x)

@@ -1,5 +1,6 @@
 """The affine map every part uses, with the initialisation of its place in the model."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,11 +11,15 @@ from weft.spec.quant import GROUP, Quant
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b; W is drawn from N(0, std^2) and b starts at zero. In a quantised model `weight` is a `PackedWeight`."""
+    """y = x W^T + b; W is drawn from N(0, std^2) and b starts at zero. In a quantised model `weight` is a `PackedWeight`.
+
+    `adapter`, where there is one, computes in its stead what the map and its change give together: adapter(x, self).
+    """
 
     def __init__(self, in_features: int, out_features: int, std: float, bias: bool = False) -> None:
         self.std = std
         super().__init__(in_features, out_features, bias)
+        self.adapter: nn.Module | None = None
 
     def reset_parameters(self) -> None:
         if isinstance(self.weight, Tensor):
@@ -22,7 +27,20 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is quantised."""
+        return isinstance(self.weight, PackedWeight)
+
+    def take_off(self) -> None:
+        """Be without an adapter again."""
+        del self.adapter  # first, so that the module list forgets the name
+        self.adapter = None
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.adapter is not None:
+            y: Tensor = self.adapter(input, self)
+            return y
         return affine(input, self.weight, self.bias)
 
 
@@ -41,6 +59,12 @@ def affine(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
         padded = F.pad(x.reshape(rows, -1), (0, 0, 0, fewest - rows))
         return F.linear(padded, weight, bias)[:rows].view(*x.shape[:-1], -1)
     return F.linear(x.contiguous(), weight, bias)
+
+
+def row_squares(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The squared length of every row of a weight, [out] in a wide dtype."""
+    wide: Tensor = weight.dequantise(dtype) if isinstance(weight, PackedWeight) else weight.detach().to(dtype)
+    return wide.square().sum(-1)
 
 
 def pack_structure(model: nn.Module, quant: Quant) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from weft.nn.position import build_position
 from weft.nn.step import Step
 from weft.nn.stretch import Stretch, find_stretches
 from weft.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from weft.nn.adapters.shared import Adapters
 
 Pending = list[dict[str, dict[str, Tensor]]]
 
@@ -76,6 +79,11 @@ class Model(nn.Module):
         self.gradient_checkpointing = False
         self.fast = self.int8_state = False
         self._stretches: dict[int, Stretch] | None = None
+        self.adapters: Adapters | None = None
+
+    def set_adapters(self, adapters: "Adapters | None") -> None:
+        """Say what adapter the model has now, after its layers have been given it."""
+        self.adapters, self._stretches = adapters, None
 
     def state_spec(self) -> list[dict[str, Any]]:
         """Decode state a layer and part; a part that cannot run incrementally says None."""
@@ -102,6 +110,8 @@ class Model(nn.Module):
         step = Step.parallel(tokens) if step is None else step
         if memory is not None:
             step.memory = memory
+        if self.adapters is not None:
+            self.adapters.begin(step)
         x = self.enter(tokens, step)
         pending: Pending = []
         aux: dict[str, Tensor] = {}

@@ -23,7 +23,10 @@ class Step:
     rows       [B]         arena rows this pass works on, or None for the first B rows in order.
     table      [B, pages]  page numbers of a paged arena, cut to the columns that this pass can reach, or None.
     memory     (entries [B, S, M], lengths [B]) for cross-attention without an arena, or None.
+    noise      [B, T] half-width of uniform noise on the token vectors in training (NEFTune), or None.
     keep       "all" returns a recurrent state for every token (verification), "last" only after the last valid one.
+    adapters   [B] int64, which of several adapters a row has: 0 none, k the k-th; None in a model that has no more than one.
+    virtual    [B, T] int64, the number of a virtual token, negative for tokens of the vocabulary; None in a model without such tokens.
     plain      static: every row is one document from position 0 with only right padding, so fused kernels apply.
 
     A plain class on purpose: FSDP2 casts floats it finds in dataclasses, tuples and dicts.
@@ -48,6 +51,9 @@ class Step:
         self.valid = steps < n_new[:, None]
         self.segments, self.rows, self.table, self.keep, self.plain = segments, rows, table, keep, plain
         self.memory: tuple[Tensor, Tensor] | None = None
+        self.noise: Tensor | None = None
+        self.adapters: Tensor | None = None
+        self.virtual: Tensor | None = None
         self._memo: dict[Any, Any] = {}
 
     @classmethod

@@ -97,7 +97,7 @@ def _linears(block: Any) -> tuple[Linear, ...]:
 
 def _numbers(block: nn.Module) -> Numbers | None:
     """What a block has in common with its neighbours; None where it is of another kind than the kernel computes."""
-    if type(block) is not PreBlock or block.names != ["mixer", "channel"]:
+    if type(block) is not PreBlock or block.names != ["mixer", "channel"] or block.behind is not None:
         return None
     layer: Any = block
     mixer, channel, norms = layer.mixer, layer.channel, (layer.mixer_norm, layer.channel_norm)
@@ -112,7 +112,9 @@ def _numbers(block: nn.Module) -> Numbers | None:
     ):
         return None
     weights: list[Any] = [linear.weight for linear in _linears(block)]
-    if any(linear.bias is not None for linear in _linears(block)) or not all(isinstance(weight, PackedWeight) for weight in weights):
+    if any(linear.bias is not None or linear.adapter is not None for linear in _linears(block)) or not all(
+        isinstance(weight, PackedWeight) for weight in weights
+    ):
         return None
     if any(weight.kind == "nf4" or weight.shape[0] % ROWS for weight in weights):
         return None
