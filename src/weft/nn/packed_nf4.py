@@ -1,8 +1,8 @@
 """QLoRA's storage: NF4 with double quantisation (Dettmers et al. 2023, section 3).
 
 A block of 64 weights has the scale c2, the largest magnitude in it, and each weight is a code of 4 bits: w = c2 LEVELS[code]. The scales
-are stored in 8 bits themselves, in blocks of 256 along the whole matrix: c2 = c1 DYNAMIC[code] + mean, where `mean` is that of all scales of
-the matrix, which are positive, and c1 the largest magnitude of a block of them around it. 4.127 bits a weight.
+are stored in 8 bits themselves, in blocks of 256 along the whole matrix: c2 = c1 DYNAMIC[code] + mean, where `mean` is that of all scales
+of the matrix, which are positive, and c1 the largest magnitude of a block of them around it. 4.127 bits a weight.
 """
 
 from collections.abc import Sequence

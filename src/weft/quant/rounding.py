@@ -13,8 +13,8 @@ SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, tried in turn: cutti
 
 
 class Codes(NamedTuple):
-    """What `fill` of a packed weight takes: uint8 [rows, columns], scales [rows, groups] in float16 (float32 where they are rounded in their
-    turn), and the same or None."""
+    """What `fill` of a packed weight takes: uint8 [rows, columns], scales [rows, groups] in float16 (float32 where they are rounded in
+    their turn), and the same or None."""
 
     codes: Tensor
     scale: Tensor

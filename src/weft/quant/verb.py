@@ -16,7 +16,6 @@ from weft.nn.router import Router
 from weft.quant.drift import Drift, Reference
 from weft.quant.model import Method, Progress, quantize
 from weft.spec import Quant
-from weft.spec.quant import QuantType
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.weights.load import load_weights, open_checkpoint
 from weft.weights.save import check_replaceable, save_model
@@ -42,7 +41,7 @@ class Quantized:
         return {**asdict(self), "path": str(self.path), "drift": self.drift.as_dict()}
 
 
-def quantize_folder(source: Path, to: QuantType, out: Path, method: Method, text: Path | None, progress: Progress) -> Quantized:
+def quantize_folder(source: Path, quant: Quant, out: Path, method: Method, text: Path | None, progress: Progress) -> Quantized:
     """Read a model, round it, measure it on held-out text, and write it as a folder that Weft loads.
 
     Raises UserError for a model that is quantised already in Weft's own format, a text that is too short, and a folder that holds
@@ -61,7 +60,7 @@ def quantize_folder(source: Path, to: QuantType, out: Path, method: Method, text
         raise UserError(f"{text} has {len(ids)} tokens; give a text of at least {context + 64}, better ten thousand.")
     model = load_weights(checkpoint, dtype=torch.float32)
     reference = Reference(model, measured, len(tokenizer.decode(measured[1:]).encode()))
-    made = quantize(model, Quant(type=to, minimum=to == "int4"), method, rows, progress)
+    made = quantize(model, quant, method, rows, progress)
     drift = reference.drift(made)
     return _save(made, out, tokenizer, method, drift)
 

@@ -104,6 +104,7 @@ def test_bad_requests_get_a_sentence(tmp_path):
         ((tmp_path / "model", "--to", "int3"), "int3"),
         ((tmp_path / "model", "--to", "int8", "--method", "awq"), "awq"),
         ((tmp_path / "nowhere", "--to", "int8"), "nowhere"),
+        ((tmp_path / "model", "--to", "int4", "--double"), "only nf4"),
     ):
         run = weft("quantize", *arguments, "-o", out)
         assert run.returncode == 2
