@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -41,14 +42,15 @@ class Muon:
     def __init__(self, weights: Sequence[Weight], weight_decay: float = 0.1, momentum: float = 0.95) -> None:
         self.weights, self.weight_decay, self.momentum = list(weights), weight_decay, momentum
         self.buffers = [torch.zeros_like(weight.parameter) for weight in self.weights]
-        # shape with rows <= columns -> (weight, first row, rows) of every matrix that has it, or its transpose
-        self._groups: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        # shape with rows <= columns -> (weight, first row, rows of each) of every run of matrices that have it, or its transpose
+        self._groups: dict[tuple[int, int], list[tuple[int, slice, int]]] = {}
         for index, weight in enumerate(self.weights):
             first, columns = 0, weight.parameter.shape[-1]
-            for rows in weight.rows:
+            for rows, run in groupby(weight.rows):
+                end = first + rows * len(list(run))
                 shape = (min(rows, columns), max(rows, columns))
-                self._groups.setdefault(shape, []).append((index, first, rows))
-                first += rows
+                self._groups.setdefault(shape, []).append((index, slice(first, end), rows))
+                first = end
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -61,13 +63,15 @@ class Muon:
         ahead = [_rows(each) for each in torch._foreach_lerp(gradients, self.buffers, self.momentum)]
         torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
         for shape, members in self._groups.items():
-            slices = [ahead[index][first : first + rows] for index, first, rows in members]
-            flat = [part if part.shape == shape else part.mT for part in slices]
-            moved = orthogonalise(torch.stack([part.to(torch.bfloat16) for part in flat]))
+            # A run of matrices, such as all experts of a layer, is one tensor [n, R, C] and one operation.
+            runs = [ahead[index][where].unflatten(0, (-1, rows)).to(torch.bfloat16) for index, where, rows in members]
+            turned = [run.shape[1:] != shape for run in runs]
+            moved = orthogonalise(torch.cat([run.mT if turn else run for run, turn in zip(runs, turned, strict=True)]))
             scale = -lr * ADAM_RMS * math.sqrt(shape[1])
-            for (index, first, rows), part, update in zip(members, slices, moved, strict=True):
-                target = _rows(parameters[index])[first : first + rows]
-                target.add_(update if part.shape == shape else update.mT, alpha=scale)
+            updates = torch.split(moved, [len(run) for run in runs])
+            for (index, where, rows), turn, update in zip(members, turned, updates, strict=True):
+                target = _rows(parameters[index])[where].unflatten(0, (-1, rows))
+                target.add_(update.mT if turn else update, alpha=scale)
 
     def state(self) -> dict[str, Tensor]:
         """ "<weight>.momentum" -> tensor."""
