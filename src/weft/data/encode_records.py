@@ -159,6 +159,12 @@ class RecordEncoder:
                 f"{origin}: the chat template writes no end token after message {index + 1} (it ends with {text[-40:]!r}), so the model "
                 f"would not learn to stop; use a template that ends an answer with one of {self._end_names}."
             )
+        said = messages[index].get("content")
+        if isinstance(said, str) and "".join(said.split()) not in "".join(text[len(asked) : end.end()].split()):
+            raise UserError(
+                f"{origin}: of message {index + 1} the chat template writes {text[len(asked) : end.end()][:60]!r} and leaves out a part of "
+                "what is said; take that part out, or use another template."
+            )
         return _Turn(index, text, len(asked), end.end())
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Batches of whole examples that lie in memory: pairs, labelled texts, prompts. What is too large for that, or should be packed, is a store."""
+"""Batches of whole examples that lie in memory: pairs, labelled texts, prompts. What is larger, or should be packed, is a store."""
 
 import hashlib
 import zlib
@@ -88,9 +88,13 @@ class ExampleBatches(Generic[E, B]):
 
 def split_examples(examples: Sequence[E], share: float | None, seed: int = 0) -> tuple[list[E], list[E]]:
     """Training and held-out examples: `share` of them (None: a tenth, at most 512) drawn by the seed; 0 holds out none."""
-    count = len(examples)
+    drawn = draw_held_out(len(examples), share, seed)
+    return [e for i, e in enumerate(examples) if i not in drawn], [e for i, e in enumerate(examples) if i in drawn]
+
+
+def draw_held_out(count: int, share: float | None, seed: int = 0) -> set[int]:
+    """Which of `count` examples are held out; see `split_examples`."""
     held = min(512, count // 10) if share is None else round(share * count)
     if not 0 <= held < count:
-        raise UserError(f"{share:g} of {count} examples would leave none to train on; hold out fewer with data.valid.")
-    drawn = set(Permutation(count, seed, 2)(np.arange(held, dtype=np.int64)).tolist()) if held else set()
-    return [e for i, e in enumerate(examples) if i not in drawn], [e for i, e in enumerate(examples) if i in drawn]
+        raise UserError(f"{share or 0:g} of {count} examples would leave none to train on; hold out fewer with data.valid.")
+    return set(Permutation(count, seed, 2)(np.arange(held, dtype=np.int64)).tolist()) if held else set()

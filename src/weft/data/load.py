@@ -1,7 +1,7 @@
 """From what a recipe says about data to batches."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,10 @@ class DataSpec(Spec):
     """The `data` of a recipe.
 
     `field`, `separator`, `pattern` and `valid` are for sources that are not prepared yet, see `sources.Reading` and
-    `prepare.Settings`.
+    `prepare.Settings`. For tuning records (see `weft.data.read_records`):
+
+    held_out  a file of records to evaluate on, instead of a share of the others.
+    drop_bad  leave records out that are wrong, instead of refusing the file.
     """
 
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
@@ -48,6 +51,8 @@ class DataSpec(Spec):
     separator: str | None = None
     pattern: tuple[str, ...] = ()
     valid: float | None = Field(default=None, ge=0, lt=1)
+    held_out: str | None = None
+    drop_bad: bool = False
 
 
 def parse_data(value: Any) -> DataSpec:
@@ -75,14 +80,22 @@ def open_batches(
     rank: int = 0,
     world: int = 1,
     progress: Progress | None = None,
+    make: Callable[[SourceSpec], Path] | None = None,
 ) -> Batches:
     """Open every source of `data` and return its batches of `batch_size` rows of `length` tokens.
 
     tokenizer   the model's; sources made with another one are refused. Needed where a source is not prepared.
     cache       folder under which such sources are prepared; with several ranks, call this on one of them first.
+    make        prepares such a source instead, and returns its folder.
     Sources with a held-out split make up the validation data. Raises UserError as `prepare`, `open_shards` and `Mixture` do.
     """
-    folders = [(source, _prepared(Path(source.path), data, tokenizer, cache, progress)) for source in data.sources]
+
+    def prepared(source: SourceSpec) -> Path:
+        if make is not None and not is_prepared(source.path):
+            return make(source)
+        return _prepared(Path(source.path), data, tokenizer, cache, progress)
+
+    folders = [(source, prepared(source)) for source in data.sources]
     wanted = None if tokenizer is None else fingerprint(tokenizer)
     train: list[tuple[str, Windows, float | None]] = []
     valid: list[tuple[str, Windows, float | None]] = []

@@ -86,7 +86,7 @@ def prepare(
     if corpus.valid and settings.valid:
         raise UserError(f"{corpus.valid[0]} is already the validation split; leave --valid out, or take that file away.")
     described = _describe(corpus, tokenizer, tokenizer_source, settings)
-    if _is_same(folder, described, force):
+    if is_same(folder, described, force):
         return Prepared(folder, read_manifest(folder), reused=True, ignored=corpus.ignored)
     share = 0.0 if corpus.valid else DEFAULT_SHARE if settings.valid is None else settings.valid
     train, valid = (_census(files, settings.reading, share, report) for files in (corpus.train, corpus.valid))
@@ -124,19 +124,19 @@ def _describe(corpus: Corpus, tokenizer: TextTokenizer, source: str, settings: S
             "valid": settings.valid,
             "holdout": settings.method,
         },
-        sources=tuple(_source(path, side) for path, side in sides),
+        sources=tuple(describe_file(path, side) for path, side in sides),
         splits={},
     )
 
 
-def _source(path: Path, side: Split) -> SourceFile:
+def describe_file(path: Path, side: Split) -> SourceFile:
     try:
         return SourceFile(path=str(path), bytes=path.stat().st_size, sha256=sha256(path), split=side)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
 
 
-def _is_same(folder: Path, described: Manifest, force: bool) -> bool:
+def is_same(folder: Path, described: Manifest, force: bool) -> bool:
     """Whether `folder` already holds this data, whole; raises UserError where it holds something that must not be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False

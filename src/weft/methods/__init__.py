@@ -2,9 +2,10 @@
 
 from weft.methods.method import Method, Place, Setup
 from weft.methods.next_token import NextTokenMethod
+from weft.methods.sft import SFTMethod
 from weft.objectives.settings import ObjectiveSettings
 
-METHODS: dict[str, Method] = {"next_token": NextTokenMethod()}
+METHODS: dict[str, Method] = {"next_token": NextTokenMethod(), "sft": SFTMethod()}
 
 
 def method_of(settings: ObjectiveSettings) -> Method:

@@ -1,5 +1,7 @@
 """Next-token prediction: pretraining, and whatever text a store of tokens has masks for."""
 
+from typing import Any
+
 from weft.data.load import open_batches
 from weft.methods.method import Place, Setup
 from weft.nn import Model
@@ -15,8 +17,10 @@ class NextTokenMethod:
 
     def batches(self, plan: Plan, place: Place) -> BatchSource:
         recipe, world = plan.recipe, place.world
-        shape = {"length": plan.length, "batch_size": recipe.batch.rows, "seed": recipe.seed, "rank": world.rank, "world": world.size}
-        return open_batches(plan.data, **shape, tokenizer=plan.tokenizer, cache=place.cache, progress=place.progress)
+        shape: dict[str, Any] = {"length": plan.length, "batch_size": recipe.batch.rows, "seed": recipe.seed}
+        return open_batches(
+            plan.data, **shape, rank=world.rank, world=world.size, tokenizer=plan.tokenizer, cache=place.cache, progress=place.progress
+        )
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
         return policy

@@ -162,6 +162,8 @@ class Model(nn.Module):
     def enter(self, tokens: Tensor, step: Step) -> Tensor:
         """What the first layer reads, [B, T, D]: token vectors with their positions."""
         x = self.embed(tokens)
+        if step.noise is not None:
+            x = x + (2 * torch.rand_like(x) - 1) * step.noise[..., None].to(x.dtype)
         if self.spec.scale_embeddings:  # rounded to the working dtype first, as the published weights expect
             x = x * torch.tensor(math.sqrt(self.spec.dim), dtype=x.dtype, device=x.device)
         if self.position is not None:

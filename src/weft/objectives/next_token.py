@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from weft.data.packing import PackedBatch
-from weft.nn import Step
+from weft.nn import Model, Step
 from weft.objectives.auxiliary import Auxiliary, statistics
 from weft.objectives.cross_entropy import Smoothing, head_of, linear_cross_entropy
 from weft.objectives.mtp import WEIGHT, mtp_counts, mtp_terms
@@ -25,6 +25,7 @@ class NextToken:
     """
 
     roles: Mapping[str, Role] = {POLICY: Role(trained=True)}
+    name = "next_token"
 
     def __init__(
         self, settings: NextTokenSettings | None = None, chunk: int | None = None, depth: int = 0, spec: ModelSpec | None = None
@@ -42,11 +43,15 @@ class NextToken:
         return (batch,)
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        return {"next_token": batch.num_targets, **mtp_counts(batch, self.depth), **self.auxiliary.counts(batch.num_tokens)}
+        return {self.name: batch.num_targets, **mtp_counts(batch, self.depth), **self.auxiliary.counts(batch.num_tokens)}
+
+    def step(self, model: Model, batch: PackedBatch) -> Step:
+        """What the model is told besides the tokens."""
+        return step_of(batch)
 
     def loss(self, models: Models, batch: PackedBatch) -> tuple[dict[str, Term], dict[str, Term]]:
         model = models[POLICY]
-        step = step_of(batch)
+        step = self.step(model, batch)
         output = model(batch.tokens, step, ahead=self.depth > 0)
         mask = batch.loss_mask.flatten()
         targets = batch.targets.flatten().clamp(min=0)
@@ -56,7 +61,7 @@ class NextToken:
         if batch.row_bytes is not None:
             metrics["bits_per_byte"] = Term(sums.nll / math.log(2), batch.row_bytes.sum())
         ahead = mtp_terms(model, output, batch, self.depth, self.mtp_weight, self.smoothing)
-        terms = {"next_token": Term(sums.loss, count), **ahead, **self.auxiliary.terms(output.aux, step.valid)}
+        terms = {self.name: Term(sums.loss, count), **ahead, **self.auxiliary.terms(output.aux, step.valid)}
         return terms, {**metrics, **statistics(POLICY, output.aux)}
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft.data.load import DataSpec, parse_data
+from weft.data.rows import is_hub_name
 from weft.data.shards import TOKENIZER, is_prepared, read_manifest
 from weft.errors import UserError, nearest
 from weft.objectives.settings import NextTokenSettings
@@ -38,7 +39,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """Resolve model, data and tokenizer, and refuse what cannot be; raises UserError. Writes nothing and loads no weights."""
     data = parse_data(recipe.data)
     for source in data.sources:
-        if not Path(source.path).exists():
+        if not Path(source.path).exists() and not is_hub_name(source.path):
             raise UserError(
                 f"there is no data at {source.path}; give a folder made by `weft data prepare`, or text, JSONL or Parquet files."
             )
