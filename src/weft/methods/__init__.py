@@ -1,11 +1,22 @@
 """How each kind of training begins: what it reads, which models it holds, and what it minimises. One file a kind of objective."""
 
+from weft.methods.classify import ClassifyMethod
+from weft.methods.distill import DistillMethod
+from weft.methods.dpo import DPOMethod
 from weft.methods.method import Method, Place, Setup
 from weft.methods.next_token import NextTokenMethod
+from weft.methods.reward import RewardMethod
 from weft.methods.sft import SFTMethod
 from weft.objectives.settings import ObjectiveSettings
 
-METHODS: dict[str, Method] = {"next_token": NextTokenMethod(), "sft": SFTMethod()}
+METHODS: dict[str, Method] = {
+    "next_token": NextTokenMethod(),
+    "sft": SFTMethod(),
+    "classify": ClassifyMethod(),
+    "reward": RewardMethod(),
+    "dpo": DPOMethod(),
+    "distill": DistillMethod(),
+}
 
 
 def method_of(settings: ObjectiveSettings) -> Method:

@@ -82,6 +82,7 @@ class DistillSettings(Spec):
     teacher      name or folder of a model of the same tokenizer.
     temperature  of both distributions.
     alpha        weight of the teacher's loss; 1 - alpha is left for the data's tokens.
+    divergence   forward KL, reverse KL, or jsd between the two, with `mixture` as the teacher's share (Agarwal et al. 2024).
     on_policy    share of batches whose texts the student writes itself (Agarwal et al. 2024); 0 takes the data's.
     """
 
@@ -89,6 +90,8 @@ class DistillSettings(Spec):
     teacher: str
     temperature: PositiveFloat = 1.0
     alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    mixture: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     on_policy: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     max_tokens: PositiveInt = 64
 

@@ -1,0 +1,38 @@
+"""Models that a run reads and does not train: teachers, references."""
+
+import torch
+
+from weft.device import pick_dtype
+from weft.errors import UserError
+from weft.methods.method import Place
+from weft.nn import Model
+from weft.spec import Learned
+from weft.tokenizer import load_tokenizer
+from weft.tokenizer.compare import same_ids
+from weft.train.plan import Plan
+from weft.weights.load import Checkpoint, load_weights, open_checkpoint
+
+
+def check_frozen(source: str, key: str, plan: Plan) -> Checkpoint:
+    """A model that has to read what the policy reads, its weights not loaded; `key` names it in the recipe.
+
+    Raises UserError where it cannot be had, has another tokenizer, or fewer positions than a row has tokens.
+    """
+    checkpoint = open_checkpoint(source)
+    if plan.tokenizer is not None and not same_ids(plan.tokenizer, load_tokenizer(checkpoint.path)):
+        raise UserError(f"{key} is {source}, whose tokenizer is another one than the model's; give a model of the same tokenizer.")
+    spec = checkpoint.spec
+    if isinstance(spec.position, Learned) and plan.length > spec.position.length:
+        raise UserError(
+            f"{key} is {source}, which has {spec.position.length} positions, but rows are {plan.length} tokens long; lower batch.length."
+        )
+    return checkpoint
+
+
+def open_frozen(source: str, key: str, plan: Plan, place: Place) -> Model:
+    """The same with its weights, in the numbers that the run's products are in."""
+    checkpoint = check_frozen(source, key, plan)
+    narrow = plan.recipe.dtype in ("auto", "bfloat16") and place.device.type != "mps"
+    dtype = pick_dtype("bfloat16") if narrow else place.dtype
+    assert dtype in (torch.bfloat16, torch.float32, torch.float64)
+    return load_weights(checkpoint, place.device, dtype).requires_grad_(False)

@@ -1,0 +1,48 @@
+"""The model that a policy must stay near: what it was when training began, or another one."""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from weft.nn import Model
+from weft.nn.adapters import adapters_off, has_adapter
+from weft.train.objective import POLICY, Role
+
+REFERENCE = "reference"
+
+ROLES: Mapping[str, Role] = {POLICY: Role(trained=True), REFERENCE: Role(trained=False)}
+
+
+def reference_roles(names: Collection[str]) -> Mapping[str, Role]:
+    """The roles of an objective that needs a reference, given those that have a model of their own."""
+    return {name: role for name, role in ROLES.items() if name in names}
+
+
+def reference_of(policy: Model, other: Model | None = None) -> dict[str, Model]:
+    """What is held beside a policy, by role: `other` where one is named; nothing where the policy has an adapter, for without it the policy
+    is the reference; else a copy of the policy.
+
+    The copy keeps the policy's dtype: rounded to another one it would differ from the policy before the first step.
+    """
+    if other is not None:
+        return {REFERENCE: other}
+    return {} if has_adapter(policy) else {REFERENCE: copy.deepcopy(policy).eval().requires_grad_(False)}
+
+
+@contextmanager
+def reference_in(models: Mapping[str, Model]) -> Iterator[Model]:
+    """The reference of a run, without dropout and without gradients: a model of its own, or the policy with its adapter off."""
+    if REFERENCE in models:
+        with torch.no_grad():
+            yield models[REFERENCE]
+        return
+    policy = models[POLICY]
+    training = policy.training
+    with torch.no_grad(), adapters_off(policy):
+        policy.eval()
+        try:
+            yield policy
+        finally:
+            policy.train(training)
