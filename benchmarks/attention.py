@@ -109,7 +109,10 @@ def memory(reset: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
 
 
-def measure(racers: dict[str, Racer], lengths: tuple[int, ...], rounds: int) -> "Found":
+Found = dict[str, dict[int, dict[str, list[float]]]]  # kind, length, "train" and "decode": seconds
+
+
+def measure(racers: dict[str, Racer], lengths: tuple[int, ...], rounds: int) -> Found:
     found: Found = {name: {length: {"train": [], "decode": []} for length in lengths} for name in racers}
     for number in range(-1, rounds):  # the first one only warms up
         for length in lengths:
@@ -138,9 +141,6 @@ def training_bytes(mixer: dict[str, Any], length: int) -> int:
     _, held = racer.ask("train", length)
     racer.leave()
     return int(held)
-
-
-Found = dict[str, dict[int, dict[str, list[float]]]]
 
 
 def summary(found: Found, state: dict[str, dict[int, float]], memory: dict[str, dict[int, int]]) -> dict[str, Any]:
