@@ -5,9 +5,11 @@ from weft.methods.distill import DistillMethod
 from weft.methods.dpo import DPOMethod
 from weft.methods.method import Method, Place, Setup
 from weft.methods.next_token import NextTokenMethod
+from weft.methods.online import GRPOMethod, RejectionMethod
+from weft.methods.ppo import PPOMethod
 from weft.methods.reward import RewardMethod
 from weft.methods.sft import SFTMethod
-from weft.objectives.settings import ObjectiveSettings
+from weft.objectives.settings import GRPOSettings, ObjectiveSettings, PPOSettings, RejectionSettings
 
 METHODS: dict[str, Method] = {
     "next_token": NextTokenMethod(),
@@ -16,6 +18,9 @@ METHODS: dict[str, Method] = {
     "reward": RewardMethod(),
     "dpo": DPOMethod(),
     "distill": DistillMethod(),
+    "ppo": PPOMethod(PPOSettings),
+    "grpo": GRPOMethod(GRPOSettings),
+    "rejection": RejectionMethod(RejectionSettings),
 }
 
 

@@ -22,6 +22,7 @@ class Place:
 
     dtype     of weights.        cache     folder for what data is turned into.
     progress  is told how far raw text has been prepared.
+    products  dtype of matrix products, by autocast.
     """
 
     device: torch.device
@@ -29,6 +30,7 @@ class Place:
     world: World
     cache: Path
     progress: Progress | None = None
+    products: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 settings   every size, rate and share of the job, in one place
 corpus     what is read: the running interpreter's standard library, or a folder of the user's
 split      which modules are held out, and which go together because one gives another away
-pairs      (signature and docstring, body) pairs for fine-tuning, made with `ast`; python_source parses quietly
+pairs      (signature and docstring, body) pairs for fine-tuning, made with `ast`
 baselines  bits a byte of gzip, xz and a byte n-gram model on the same held-out bytes
 steps      the job's steps, each a function from what came before to a result
 training   pretraining and fine-tuning through `weft.train`

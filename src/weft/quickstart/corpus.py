@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from weft.errors import UserError
-from weft.quickstart.python_source import parse_python
+from weft.rewards.python_source import parse_python
 
 Kind = Literal["python", "text"]
 

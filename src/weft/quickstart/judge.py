@@ -1,22 +1,30 @@
 """Whether a sampled function is Python: parsed, never run."""
 
-import ast
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weft.quickstart.python_source import parse_python
+from weft.rewards.python import read_function, take_body
 
 Z = 1.959964  # of a normal distribution: 95% of it lies within
 
 
 @dataclass(frozen=True)
 class ParseShare:
-    """How many of `samples` functions parsed; `finished` of them ended before the token limit. Bounds are Wilson's at 95%."""
+    """How many of `samples` functions parsed; `finished` of them ended before the token limit. Bounds are Wilson's at 95%.
+
+    acting      of those accepted, how many have a body with an effect.
+    parameters  of those accepted, and `used`, how many of them the bodies read.
+    lines       of the accepted bodies, blank ones left out.
+    """
 
     accepted: int
     finished: int
     samples: int
+    acting: int = 0
+    parameters: int = 0
+    used: int = 0
+    lines: int = 0
 
     @property
     def share(self) -> float:
@@ -25,6 +33,15 @@ class ParseShare:
     @property
     def bounds(self) -> tuple[float, float]:
         return wilson(self.accepted, self.samples)
+
+    @property
+    def share_used(self) -> float:
+        """Of the parameters of accepted functions, those that are read."""
+        return self.used / self.parameters if self.parameters else 0.0
+
+    @property
+    def mean_lines(self) -> float:
+        return self.lines / self.accepted if self.accepted else 0.0
 
 
 def wilson(successes: int, trials: int, z: float = Z) -> tuple[float, float]:
@@ -37,26 +54,9 @@ def wilson(successes: int, trials: int, z: float = Z) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def take_body(text: str) -> tuple[str, bool]:
-    """What of a continuation belongs to the function: everything before the first line at the left margin. And whether there is one.
-
-    A model that goes on to the next function is so judged by the one that was asked for. What comes before the first line end carries on
-    the prompt's last line.
-    """
-    lines = text.splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        if number and line.strip() and not line[0].isspace():
-            return "".join(lines[:number]), True
-    return text, False
-
-
 def is_function(prompt: str, body: str) -> bool:
     """Whether signature, docstring and body parse as one function that does something: its docstring alone does not count."""
-    tree = parse_python(prompt + body)
-    if tree is None or len(tree.body) != 1:
-        return False
-    node = tree.body[0]
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1
+    return read_function(prompt, body) is not None
 
 
 def judge(prompts: Sequence[str], continuations: Sequence[str], ended: Sequence[bool]) -> ParseShare:
@@ -64,9 +64,13 @@ def judge(prompts: Sequence[str], continuations: Sequence[str], ended: Sequence[
 
     ended   whether the model ended its text by itself; a line at the left margin ends a function as well.
     """
-    accepted = finished = 0
+    finished, lines, found = 0, 0, []
     for prompt, continuation, end in zip(prompts, continuations, ended, strict=True):
         body, left = take_body(continuation)
-        accepted += is_function(prompt, body)
+        function = read_function(prompt, body)
         finished += end or left
-    return ParseShare(accepted, finished, len(prompts))
+        if function is not None:
+            found.append(function)
+            lines += sum(bool(line.strip()) for line in body.splitlines())
+    counts = {"acting": sum(not f.idle for f in found), "parameters": sum(f.parameters for f in found), "used": sum(f.used for f in found)}
+    return ParseShare(len(found), finished, len(prompts), lines=lines, **counts)

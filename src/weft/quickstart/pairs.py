@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weft.quickstart.corpus import SourceFile
-from weft.quickstart.python_source import parse_python
+from weft.rewards.python_source import parse_python
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

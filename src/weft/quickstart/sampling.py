@@ -8,13 +8,14 @@ from typing import Any
 
 from weft.device import pick_device
 from weft.engine import Engine, Request, SamplingParams
-from weft.quickstart.judge import judge, take_body
+from weft.quickstart.judge import judge
 from weft.quickstart.options import Options
 from weft.quickstart.pairs import Pair
 from weft.quickstart.preparing import Material
 from weft.quickstart.report import share_facts
 from weft.quickstart.reporter import Reporter
 from weft.quickstart.settings import Settings
+from weft.rewards.python import take_body
 from weft.tokenizer import load_tokenizer
 from weft.weights.load import load_model
 

@@ -72,7 +72,7 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
     out = Path(recipe.out)
     if not world.leads:
         world.wait()
-    method, place = method_of(recipe.objective), Place(device, weights, world, out / "data", progress)
+    method, place = method_of(recipe.objective), Place(device, weights, world, out / "data", progress, dtype)
     batches = method.batches(plan, place)
     if world.leads:
         world.wait()

@@ -44,6 +44,7 @@ class TrainState:
     finished        why the run is over, or None.
     essentials      the settings that decide the result; a run resumes only under the same ones.
     data            what the batches are made of, as the data describes itself.
+    objective       what the objective has to remember, where it does.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class TrainState:
     finished: str | None = None
     essentials: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from weft.train.objective import Batch, Models, Objective
+from weft.train.objective import Batch, Measured, Models, Objective
 from weft.train.parallel import World
-from weft.train.window import LossFunction, Sums
+from weft.train.window import Computed, LossFunction, Sums
 
 
 @torch.no_grad()
@@ -20,8 +20,10 @@ def evaluate(
     micro_rows: int | None,
     device: torch.device,
     world: World,
+    engine: Any = None,
 ) -> dict[str, float]:
-    """Mean of every term and metric over all batches of all processes, and their weighted sum as `loss`.
+    """Mean of every term and metric over all batches of all processes, and their weighted sum as `loss`. An objective that measures in its
+    own way is given the `engine`.
 
     Modules are put in eval mode and back. A metric that runs over nothing is left out.
     """
@@ -30,6 +32,9 @@ def evaluate(
     for model in models.values():
         model.eval()
     for batch in batches:
+        if isinstance(objective, Measured):
+            sums.add(Computed(torch.zeros(()), *objective.measure(engine, batch)))
+            continue
         if ones is None:
             ones = {name: torch.ones((), device=device) for name in objective.counts(batch)}
         size = micro_rows or batch.num_rows
@@ -37,7 +42,7 @@ def evaluate(
             sums.add(compute(batch.rows(start, min(start + size, batch.num_rows)).to(device), ones))
     for role, model in models.items():
         model.train(modes[role])
-    assert ones is not None, "validation data gave no batch"
+    assert sums.sums, "validation data gave no batch"
     values = world.sum(sums.row()).tolist()
     totals = dict(zip(sums.sums, zip(values[: len(values) // 2], values[len(values) // 2 :], strict=True), strict=True))
     means = {name: total / count for name, (total, count) in totals.items() if count}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -78,4 +78,24 @@ class Objective(Protocol[B]):
         A metric whose sum is a vector is no number to show but a statistic, named `<role>/<name in aux>`: summed over micro-batches and
         processes, it is handed to the model's `after_step` once its weights are updated.
         """
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective with something to remember from step to step, such as a controller's price; a checkpoint holds it."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An objective whose held-out data is not a loss to compute: it is looked at in another way, such as the reward of fresh answers."""
+
+    def measure(self, engine: Any, batch: Any) -> tuple[dict[str, Term], dict[str, Term]]:
+        """Terms whose weighted means add up to what is to be small, and metrics, as `loss` gives them."""
         ...

@@ -61,7 +61,8 @@ class Recipe(Spec):
             raise ValueError("neither steps nor minutes is given, so the run would have no end; give one of the two.")
         if self.steps is not None and self.minutes is not None:
             raise ValueError(f"steps is {self.steps} and minutes {self.minutes:g}; a run has one length: drop one of the two.")
-        if self.batch.micro is not None and self.batch.micro > self.batch.rows:
+        answers = self.batch.rows * getattr(self.objective, "samples", 1)  # online objectives cut answers, not prompts
+        if self.batch.micro is not None and self.batch.micro > answers:
             raise ValueError(f"batch.micro is {self.batch.micro} but batch.rows {self.batch.rows}; a micro-batch is a part of the batch.")
         if self.pretrained and isinstance(self.model, dict):
             raise ValueError("pretrained is true but model is a spec, which has no weights; give the name or folder of a model.")

@@ -19,7 +19,7 @@ from weft.train.feed import Feed
 from weft.train.history import History, MetricsFile, Row, check_finite
 from weft.train.interrupt import Interrupt
 from weft.train.job import Job
-from weft.train.objective import POLICY, Batch
+from weft.train.objective import POLICY, Batch, Stateful
 from weft.train.optim import Optimizer, clip_gradients
 from weft.train.report import Report
 from weft.train.rng import capture_rng, restore_rng, seed_rng
@@ -116,6 +116,8 @@ class Trainer:
         self.report.check_resumable(saved.state)
         saved.load(self.job.trained, self.optimizers)
         self.state = saved.state
+        if isinstance(self.job.objective, Stateful):
+            self.job.objective.load_state(saved.state.objective)
         if self.world.rank < len(saved.rng):
             restore_rng(saved.rng[self.world.rank])
 
@@ -209,8 +211,8 @@ class Trainer:
         self._log()
         self.stopwatch.stop()
         state, settings, started = self.state, self.job.evaluation, time.perf_counter()
-        batches = self.job.batches.validation(settings.batches)
-        measured = evaluate(self.job.objective, self.job.models, batches, self.measure, self.job.micro, self.device, self.world)
+        job, batches = self.job, self.job.batches.validation(settings.batches)
+        measured = evaluate(job.objective, job.models, batches, self.measure, job.micro, self.device, self.world, job.engine)
         self._evaluation_seconds = time.perf_counter() - started
         row = {"step": state.step, **{f"valid_{name}": value for name, value in measured.items()}}
         if not math.isfinite(measured["loss"]):
@@ -238,6 +240,8 @@ class Trainer:
         if self.job.folder is not None and self._metrics is not None:
             self.state.metrics_length = self._metrics.length
             job = self.job
+            if isinstance(job.objective, Stateful):
+                self.state.objective = job.objective.state()
             with self._writing():
                 save_checkpoint(self.job.folder.last, job.trained, self.optimizers, self.state, rng, job.tokenizer, job.family)
             self.report.saved_step = self.state.step

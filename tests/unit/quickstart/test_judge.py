@@ -2,7 +2,8 @@
 
 import pytest
 
-from weft.quickstart.judge import ParseShare, is_function, judge, take_body, wilson
+from weft.quickstart.judge import ParseShare, is_function, judge, wilson
+from weft.rewards.python import take_body
 
 PROMPT = 'def f(x):\n    """Double it."""'
 
@@ -44,7 +45,7 @@ def test_the_body_ends_at_the_left_margin():
 
 def test_counts():
     share = judge([PROMPT] * 4, ["\n    return x\ndef g(:\n", "\n    return (", "\n    return x", ""], [False, False, True, True])
-    assert share == ParseShare(accepted=2, finished=3, samples=4)
+    assert share == ParseShare(accepted=2, finished=3, samples=4, acting=0, parameters=2, used=2, lines=2)
     assert share.share == 0.5
     low, high = share.bounds
     assert 0 < low < 0.5 < high < 1
