@@ -1,4 +1,4 @@
-"""`weft data`: prepare text into shards, and look at what is in them."""
+"""`weft data`: prepare text into shards, look at what is in them, and check tuning records."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from weft.cli.console import emit_json, progress, say
+from weft.cli.data_check import check
 
 if TYPE_CHECKING:
     from weft.data.holdout import Method
     from weft.data.sample import Passage
     from weft.data.shards import Manifest
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Turn text into packed shards, and look at them.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Turn text into packed shards, and look at data.")
+app.command()(check)
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
