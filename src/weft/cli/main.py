@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "list": ("list:list_", "List the models in the cache."),
     "rm": ("rm:rm", "Remove a model from the cache."),
     "verify": ("verify:verify", "Prove on a model what Weft claims, with figures."),
+    "merge": ("merge:app", "Make one model of several, or of a model and its adapter."),
     "quantize": ("quantize:quantize", "Store a model in 8 or 4 bits, and measure what it costs."),
     "bench": ("bench:bench", "Measure how fast a model reads and writes on this machine."),
     "export": ("export:export", "Write a model as a Hugging Face folder or a GGUF file."),

@@ -10,7 +10,7 @@ from weft.nn.packed import PackedWeight
 from weft.quant.rounding import round_to_nearest
 from weft.spec import ModelSpec, Quant
 from weft.weights.load import Checkpoint
-from weft.weights.map import read_tensors, stored_state
+from weft.weights.map import TensorReader, stored_state
 
 
 @torch.no_grad()
@@ -27,7 +27,9 @@ def load_quantised(checkpoint: Checkpoint, quant: Quant, device: str | torch.dev
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     rest = stored_state(model)
     prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
-    for name, tensor in read_tensors(stored_state(plain), checkpoint.rules(plain), checkpoint.files, prefix, str(checkpoint.path)):
+    reader = TensorReader(stored_state(plain), checkpoint.rules(plain), checkpoint.files, prefix, str(checkpoint.path))
+    for name in reader.names:
+        tensor = reader.read(name)
         if name in packed:
             packed[name].fill(*round_to_nearest(tensor.flatten(0, -2).to(device), packed[name].quant))
         else:

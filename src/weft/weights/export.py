@@ -142,13 +142,17 @@ def _beside(out: Path) -> Path:
 
 def _write_hf(checkpoint: Checkpoint, model: Model, folder: Path, tokenizer: Tokenizer | None, kind: str) -> None:
     write_folder(model, folder, tokenizer, DTYPES[kind], family=checkpoint.family)
-    if not checkpoint.is_gguf:  # the tokenizer's own files say more than we would write
-        for path in sorted(checkpoint.path.iterdir()):
-            if any(fnmatchcase(path.name, pattern) for pattern in _TOKENIZER_FILES):
-                if path.is_dir():
-                    shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(path, folder / path.name)
+    bring_tokenizer(checkpoint, folder)
+
+
+def bring_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the tokenizer's own files, where there are any: they say more than we would write."""
+    for path in sorted(checkpoint.path.iterdir()) if checkpoint.path.is_dir() else ():
+        if any(fnmatchcase(path.name, pattern) for pattern in _TOKENIZER_FILES):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, folder / path.name)
 
 
 def _write_gguf(checkpoint: Checkpoint, model: Model, path: Path, tokenizer: Tokenizer | None, kind: str, progress: Progress | None) -> int:

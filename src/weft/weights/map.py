@@ -60,29 +60,35 @@ def load_tensors(ours: Mapping[str, Tensor], rules: Iterable[Rule], files: Tenso
                 _check_alias(files, alias, names.real(alias.name), name, place, what)
 
 
-@torch.no_grad()
-def read_tensors(
-    shapes: Mapping[str, Tensor], rules: Iterable[Rule], files: TensorSource, prefix: str, what: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors out of `files`, one after the other, so that only one need be in memory; with the checks of `load_tensors`, which come
-    before the first is read.
+class TensorReader:
+    """Our tensors out of a file, one at a time, so that no two need be in memory; with all checks of `load_tensors` when it is made.
 
     shapes  our tensors, of which shape and dtype are taken: those of a model on `meta` will do.
     """
-    rules = list(rules)
-    names = _Names(files, rules, prefix, what)
-    _plan({name: torch.empty_like(tensor, device="meta") for name, tensor in shapes.items()}, rules, names, what)
-    aliases = [rule for rule in rules if isinstance(rule, Alias) and names.real(rule.name) in names.stored]
-    for rule in rules:
-        if isinstance(rule, Drop | Alias):
-            continue
-        tensor = torch.empty(shapes[rule.ours].shape, dtype=shapes[rule.ours].dtype)
-        for name, source, place in _plan({rule.ours: tensor}, [rule], names, what):
-            _read(files, name, source, place)
-            for alias in aliases:
+
+    def __init__(self, shapes: Mapping[str, Tensor], rules: Iterable[Rule], files: TensorSource, prefix: str, what: str) -> None:
+        rules = list(rules)
+        self._shapes, self._files, self._what = dict(shapes), files, what
+        self._found = _Names(files, rules, prefix, what)
+        _plan({name: torch.empty_like(tensor, device="meta") for name, tensor in shapes.items()}, rules, self._found, what)
+        self._rules = {rule.ours: rule for rule in rules if not isinstance(rule, Drop | Alias)}
+        self._aliases = [rule for rule in rules if isinstance(rule, Alias) and self._found.real(rule.name) in self._found.stored]
+
+    @property
+    def names(self) -> list[str]:
+        """Of our tensors, in the order in which the file's rows name them."""
+        return list(self._rules)
+
+    @torch.no_grad()
+    def read(self, ours: str) -> Tensor:
+        """One of our tensors, on the CPU."""
+        tensor = torch.empty(self._shapes[ours].shape, dtype=self._shapes[ours].dtype, device="cpu")
+        for name, source, place in _plan({ours: tensor}, [self._rules[ours]], self._found, self._what):
+            _read(self._files, name, source, place)
+            for alias in self._aliases:
                 if alias.of == source.name:
-                    _check_alias(files, alias, names.real(alias.name), name, place, what)
-        yield rule.ours, tensor
+                    _check_alias(self._files, alias, self._found.real(alias.name), name, place, self._what)
+        return tensor
 
 
 class _Names:

@@ -10,6 +10,8 @@ import torch
 from weft.errors import UserError
 from weft.files import atomic_folder, atomic_write
 from weft.nn import Model
+from weft.spec import ModelSpec
+from weft.weights.adapter_files import write_adapter
 from weft.weights.files import write_safetensors
 from weft.weights.map import identity_rules, stored_state, stored_tensors
 from weft.zoo import Family, class_name, describe, rules_of
@@ -77,25 +79,39 @@ def write_folder(
     max_shard_bytes: float = 5e9,
     family: Family | None = None,
 ) -> None:
-    """The same into an existing empty folder, file by file."""
-    family, described = describe(model.spec, family)
-    tensors = stored_state(model)
+    """The same into an existing empty folder, file by file. Of a model with an adapter, the adapter is written, in its own numbers."""
+    if model.adapters is not None:
+        write_adapter(model, folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        return
+    family = write_config(model.spec, folder, dtype or model.dtype, tokenizer, family)
     rules = rules_of(family, model.spec) or identity_rules(model)
-    write_safetensors(folder, stored_tensors(tensors, rules), max_shard_bytes, dtype=dtype)
-    stored = dtype or model.dtype
+    write_safetensors(folder, stored_tensors(stored_state(model), rules), max_shard_bytes, dtype=dtype)
+
+
+def write_config(
+    spec: ModelSpec, folder: Path, dtype: torch.dtype, tokenizer: SavedTokenizer | None = None, family: Family | None = None
+) -> Family:
+    """All of a model folder but the weights, whose names are the returned family's.
+
+    dtype  that the weights are stored in.
+    """
+    family, described = describe(spec, family)
     ids = special_ids(tokenizer)
     config = {
-        "architectures": [class_name(family, model.spec)],
+        "architectures": [class_name(family, spec)],
         "model_type": family.model_type,
         **described,
         **ids,
-        "torch_dtype": str(stored).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
     _write_json(folder / "config.json", config)
     if ids["eos_token_id"] is not None:
         _write_json(folder / "generation_config.json", ids)
     if tokenizer is not None:
         tokenizer.save(folder)
+    return family
 
 
 def special_ids(tokenizer: SavedTokenizer | None) -> dict[str, Any]:
@@ -115,7 +131,8 @@ def check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         return
     strange = [path.name for path in sorted(folder.iterdir()) if not any(path.match(form) for form in _MODEL_FILES)]
-    if strange or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
+    described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if strange or (any(folder.iterdir()) and not described):
         shown = strange[0] if strange else next(folder.iterdir()).name
         raise UserError(f"{folder} holds {shown}, which is no part of a model, and would be replaced; give a new or empty folder.")
 

@@ -1,0 +1,5 @@
+"""Several models made into one, and an adapter made part of its base, tensor by tensor out of their files.
+
+combine   the rules, on plain tensors: linear, SLERP, TIES
+models    model folders in, a model folder out
+"""
