@@ -115,6 +115,19 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind):
     assert hidden.grad.abs().max() < 1e-12
 
 
+def test_divergences_are_those_of_torch_s_distributions():
+    """JSD by the paper's definition (Agarwal et al. 2024, equation 1), with beta as the teacher's share of the mixture."""
+    student, teacher = (Side(drawn(seed, 19, 8), Head(drawn(seed + 1, 37, 8))) for seed in (20, 22))
+    q, p = (torch.distributions.Categorical(logits=side.hidden @ side.head.weight.T / 1.7) for side in (student, teacher))
+    m = torch.distributions.Categorical(probs=0.3 * p.probs + 0.7 * q.probs)
+    kl = torch.distributions.kl_divergence
+    expected = {"forward": kl(p, q), "reverse": kl(q, p), "jsd": 0.3 * kl(p, m) + 0.7 * kl(q, m)}
+    found = {kind: linear_divergence(student, teacher, torch.ones(19), Divergence(kind, 1.7, 0.3)) for kind in expected}
+    for kind, value in expected.items():
+        torch.testing.assert_close(found[kind], value.sum(), rtol=1e-10, atol=0)
+    assert len({round(float(value), 3) for value in found.values()}) == 3
+
+
 def test_a_divergence_worked_by_hand():
     """Two ids, p = (3/4, 1/4), q = (1/2, 1/2): KL(p, q) = 3/4 ln 3 - ln 2, KL(q, p) = ln 2 - (ln 3) / 2."""
     one = torch.ones(1, 1, dtype=torch.float64)
