@@ -99,6 +99,8 @@ def write_config(
     """
     family, described = describe(spec, family)
     ids = special_ids(tokenizer)
+    if spec.score is not None and ids["pad_token_id"] in (tokenizer.eos_ids if tokenizer is not None else ()):
+        ids["pad_token_id"] = None  # transformers' classifiers would take a text's end token for padding, and read the one before it
     config = {
         "architectures": [class_name(family, spec)],
         "model_type": family.model_type,
