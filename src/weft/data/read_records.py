@@ -74,14 +74,14 @@ class FileRecords:
                 if self.format is None:
                     raise unrecognised(names, row.origin)
             records = convert(self.format, row.columns, row.origin)
-            found: Iterable[Record] = records if not self.kinds else _as_kinds(records, self.kinds, self.format)
+            found: Iterable[Record] = records if not self.kinds else _as_kinds(records, self.kinds, row)
         except UserError as error:
             yield error
             return
         yield from found
 
 
-def _as_kinds(records: Sequence[Record], kinds: Sequence[type], known: Format) -> list[Record]:
+def _as_kinds(records: Sequence[Record], kinds: Sequence[type], row: Row) -> list[Record]:
     """The records of a row as one of `kinds`; raises UserError where they say too little for any of them."""
     if type(records[0]) in kinds:
         return list(records)
@@ -92,8 +92,7 @@ def _as_kinds(records: Sequence[Record], kinds: Sequence[type], known: Format) -
         answer = record.facts.get("answer")
         if isinstance(answer, str) and answer.strip():
             return [Conversation((*record.prompt, {"role": "assistant", "content": answer}), record.origin)]
-    wanted = ", or ".join(NAMES[kind] for kind in kinds)
-    raise UserError(f"{record.origin}: the record is of the format {known.name} ({known.columns}), but {wanted} are needed here.")
+    raise unrecognised([str(name).lower() for name in row.columns], row.origin, kinds)
 
 
 def _prompt_of(record: Conversation | Completion | Preference) -> Prompt:

@@ -37,6 +37,10 @@ class Format:
         """The columns that are not among `names`, alternatives as the first of them."""
         return [need.split("|")[0] for need in self.needs if not set(need.split("|")) & set(names)]
 
+    def tells(self, names: Sequence[str]) -> bool:
+        """Whether one of its columns is there that is not in several formats."""
+        return bool({name for need in self.needs for name in need.split("|")} & set(names) - {"prompt", "text", "label"})
+
     @property
     def columns(self) -> str:
         return ", ".join(need.replace("|", " or ") for need in self.needs)
@@ -48,24 +52,31 @@ def detect(names: Sequence[str], kinds: Sequence[type] = ()) -> Format | None:
     return next((known for known in fitting if known.kind in kinds), fitting[0] if fitting else None)
 
 
-def unrecognised(names: Sequence[str], origin: str) -> UserError:
-    """Why columns are no format: which one comes nearest, and what it lacks."""
+def unrecognised(names: Sequence[str], origin: str, kinds: Sequence[type] = ()) -> UserError:
+    """Why columns are no format, or none of `kinds`: which one comes nearest, and what it lacks."""
     held = f"it has {', '.join(names)}" if names else "it is empty"
+    formats = [known for known in FORMATS if not kinds or known.kind in kinds]
     if {"prompt", "completion", "label"} <= set(names):
         return UserError(
             f"{origin}: answers with a label each ({held}) are not read; keep the good ones as prompt and completion, or write pairs "
             "(prompt, chosen, rejected)."
         )
-    partial = [known for known in FORMATS if len(known.needs) > 1 and len(known.missing(names)) < len(known.needs)]
+    partial = [known for known in formats if len(known.needs) > 1 and len(known.missing(names)) < len(known.needs)]
     if partial:
-        best = min(partial, key=lambda known: len(known.missing(names)))
-        lacking = best.missing(names)
-        guess = nearest(lacking[0], [name for name in names if name not in "|".join(best.needs).split("|")])
-        return UserError(f"{origin}: column '{lacking[0]}' is missing ({held}; {best.name} records need {best.columns}).{guess} Add it.")
-    known = sorted({name for form in FORMATS for need in form.needs for name in need.split("|")})
+        best = min(partial, key=lambda known: (len(known.missing(names)), not known.tells(names), not _meant(known, names)))
+        needs = f"{best.name} records need {best.columns}"
+        return UserError(f"{origin}: column '{best.missing(names)[0]}' is missing ({held}; {needs}).{_meant(best, names)} Add it.")
+    known = sorted({name for form in formats for need in form.needs for name in need.split("|")})
     guess = next((found for name in names if (found := nearest(name, known))), "")
-    formats = "; ".join(f"{known.columns}" for known in FORMATS)
-    return UserError(f"{origin}: no columns of a known format ({held}).{guess} Formats: {formats}.")
+    allowed = "; ".join(form.columns for form in formats)
+    what = "no columns of a known format" if not kinds else "not the columns that are needed here"
+    return UserError(f"{origin}: {what} ({held}).{guess} Give: {allowed}.")
+
+
+def _meant(known: Format, names: Sequence[str]) -> str:
+    """Which of the columns that are there may be a misspelling of the one that is missing."""
+    needs = "|".join(known.needs).split("|")
+    return nearest(known.missing(names)[0], [name for name in names if name not in needs])
 
 
 def convert(known: Format, row: Columns, origin: str) -> list[Record]:
@@ -268,7 +279,7 @@ FORMATS = (
     Format("Alpaca", ("instruction", "output|response"), Conversation, _alpaca),
     Format("labelled", ("text|sentence", "label"), Labelled, _labelled),
     Format("question and answer", ("question",), Prompt, _question),
-    Format("prompt", ("prompt",), Prompt, _prompt, refuses=("completion",)),
+    Format("prompt", ("prompt",), Prompt, _prompt, refuses=("completion", "chosen", "rejected", "responses")),
     Format("text", ("text",), PlainText, _text),
 )
 KNOWN = frozenset(name for known in FORMATS for need in known.needs for name in need.split("|"))
