@@ -19,7 +19,15 @@ Names = Annotated[tuple[str, ...], Field(min_length=1)]
 Targets = Annotated[Literal["all"] | Names, BeforeValidator(_names)]
 
 
-class LoRA(Spec):
+class AdapterSpec(Spec):
+    """Of every form: `whole` where parameters of the model itself are trained, so that the model is what is saved."""
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+
+class LoRA(AdapterSpec):
     """W + (alpha / rank) B A beside frozen linear maps, A [rank, in] drawn at random and B [out, rank] from zero (Hu et al. 2021).
 
     rank     of the change.      alpha  its factor, divided by the rank.      dropout  of what A reads.
@@ -43,7 +51,7 @@ class LoRA(Spec):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-class IA3(Spec):
+class IA3(AdapterSpec):
     """A learned factor a channel: of keys, of values, and of what an MLP's last map reads (Liu et al. 2022, section 3.3).
 
     targets  names as LoRA's, or "usual", which is those three.
@@ -55,7 +63,7 @@ class IA3(Spec):
     inputs: Annotated[Literal["usual"] | tuple[str, ...], BeforeValidator(_names)] = "usual"
 
 
-class Bottleneck(Spec):
+class Bottleneck(AdapterSpec):
     """h + up(activation(down(h))) behind the parts of every layer, `up` from zero (Houlsby et al. 2019, figure 2).
 
     size   channels in the middle.      parts  behind which parts of a layer; the channel alone is Pfeiffer et al. 2021's form.
@@ -73,7 +81,7 @@ class Bottleneck(Spec):
         return self
 
 
-class Prompt(Spec):
+class Prompt(AdapterSpec):
     """Vectors that stand before the text in place of tokens' (Lester et al. 2021).
 
     tokens  how many.      text  whose tokens' vectors they begin as, repeated or cut to that many; None draws tokens at random.
@@ -84,7 +92,7 @@ class Prompt(Spec):
     text: str | None = None
 
 
-class Prefix(Spec):
+class Prefix(AdapterSpec):
     """Keys and values that every attention layer finds before the text (Li and Liang 2021), without the MLP that may make them in training.
 
     tokens  how many positions they take.
@@ -94,13 +102,17 @@ class Prefix(Spec):
     tokens: PositiveInt = 16
 
 
-class BitFit(Spec):
+class BitFit(AdapterSpec):
     """Train biases alone (Ben Zaken et al. 2022): those of linear maps and of norms. What is saved is the whole model."""
 
     type: Literal["bitfit"] = "bitfit"
 
+    @property
+    def whole(self) -> bool:
+        return True
 
-class Freeze(Spec):
+
+class Freeze(AdapterSpec):
     """Train a part of the model as it is. What is saved is the whole model.
 
     layers  so many of the last layers, and the final norm.
@@ -110,6 +122,10 @@ class Freeze(Spec):
     type: Literal["freeze"] = "freeze"
     layers: PositiveInt | None = None
     parts: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+
+    @property
+    def whole(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _something(self) -> "Freeze":

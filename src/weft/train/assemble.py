@@ -11,7 +11,7 @@ from weft.data.prepare import Progress
 from weft.device import pick_device, pick_dtype
 from weft.errors import UserError
 from weft.methods import Place, method_of
-from weft.nn import build
+from weft.nn import Model, build
 from weft.train.callbacks import Callback, TensorBoard
 from weft.train.heap import keep_freed_memory
 from weft.train.job import Compute, Job, Length
@@ -22,6 +22,7 @@ from weft.train.recipe import Recipe
 from weft.train.run_folder import RunFolder, check_out
 from weft.train.trainer import Trainer
 from weft.train.window import check_compiler
+from weft.weights.adapter_files import adapt
 from weft.weights.load import load_weights
 
 
@@ -55,6 +56,18 @@ def run_recipe(
             folder.release()
 
 
+def _open_model(plan: Plan, device: torch.device, weights: torch.dtype, products: torch.dtype) -> Model:
+    """The model that a run begins with, with its adapter. A base that is not trained itself is kept in the numbers of the products."""
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    if checkpoint is None:
+        return build(plan.spec, device, weights, recipe.seed)
+    frozen = checkpoint.adapter is not None or (recipe.adapter is not None and not recipe.adapter.whole)
+    model = load_weights(checkpoint, device, products if frozen and products == torch.bfloat16 else weights)
+    if recipe.adapter is not None:
+        adapt(model, recipe.adapter, checkpoint.family, checkpoint.source, recipe.seed)
+    return model
+
+
 def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progress | None = None) -> Job:
     """Open the data, preparing it where that is needed, and build the model."""
     recipe = plan.recipe
@@ -78,8 +91,7 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
         world.wait()
     if recipe.eval.patience is not None and batches.valid is None:
         raise UserError("eval.patience is given but nothing is held out to evaluate on; give data.valid a share, or drop eval.patience.")
-    model = build(plan.spec, device, weights, recipe.seed) if plan.checkpoint is None else load_weights(plan.checkpoint, device, weights)
-    policy = method.policy(plan, model, place)
+    policy = method.policy(plan, _open_model(plan, device, weights, dtype), place)
     setup = method.begin(plan, policy, place)
     return Job(
         models={POLICY: policy, **setup.models},

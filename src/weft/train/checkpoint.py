@@ -1,6 +1,6 @@
 """Everything a run is, on disk, so that it can go on after a kill at any moment as if nothing had happened.
 
-A checkpoint is a model folder in Hugging Face layout, with three things more:
+A checkpoint is a model folder in Hugging Face layout, or an adapter's in PEFT's where one is trained, with three things more:
 
     optimizer/     moments and momentum in safetensors, named `<role>.<weight>.<slot>`
     <role>/        the weights of a further trained model, such as a critic
@@ -21,6 +21,7 @@ from weft.files import atomic_folder, atomic_write, sha256
 from weft.nn import Model
 from weft.train.objective import POLICY
 from weft.train.optim import Optimizer
+from weft.weights.adapter_files import fill_adapter, read_adapter
 from weft.weights.files import TensorFiles, write_safetensors
 from weft.weights.load import open_checkpoint
 from weft.weights.map import load_tensors, stored_state
@@ -119,7 +120,11 @@ class SavedRun:
     def load(self, models: Mapping[str, Model], optimizers: Mapping[str, Optimizer]) -> None:
         """Fill models and optimisers, which must be built as those that were saved."""
         for role, model in models.items():
-            checkpoint = open_checkpoint(self.folder if role == POLICY else self.folder / role)
+            folder = self.folder if role == POLICY else self.folder / role
+            if model.adapters is not None:
+                fill_adapter(model, read_adapter(folder))
+                continue
+            checkpoint = open_checkpoint(folder)
             load_tensors(stored_state(model), checkpoint.rules(model), checkpoint.files, "", str(checkpoint.path))
         files = TensorFiles(self.folder / OPTIMIZER)
         for role, optimizer in optimizers.items():

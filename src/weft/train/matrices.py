@@ -7,8 +7,9 @@ from typing import Literal
 from torch import nn
 
 from weft.nn import Model
+from weft.nn.adapters import adapter_parameters
 
-Kind = Literal["matrix", "head", "table", "vector"]
+Kind = Literal["matrix", "head", "table", "vector", "factor"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Weight:
 
     kind  "matrix": a linear map inside a block. "head": an untied output matrix, or a score head's. "table": embeddings, token or position.
           "vector": norms, biases, convolution taps, state-space constants: whatever is not a map between channels.
+          "factor": a matrix of an adapter. Its product with another is what changes, so that it is no map to be orthogonalised by itself.
     rows  of a matrix: how many rows each of the matrices fused in it has (queries, keys, values; gate, up; those of every expert).
     """
 
@@ -31,6 +33,7 @@ def trained_weights(model: Model) -> list[Weight]:
     fused = dict(_fused(model))
     layers = [*model.blocks.named_modules(prefix="blocks"), *model.mtp.named_modules(prefix="mtp")]
     linear = {f"{name}.weight" for name, module in layers if isinstance(module, nn.Linear)}
+    adapter = adapter_parameters(model)
     weights = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -41,16 +44,21 @@ def trained_weights(model: Model) -> list[Weight]:
             weights.append(Weight(name, parameter, "head"))
         elif name in ("embed.weight", "position.weight"):
             weights.append(Weight(name, parameter, "table"))
+        elif parameter.dim() == 2 and name in adapter:
+            weights.append(Weight(name, parameter, "table" if name.startswith("virtual.") else "factor"))
         else:
             weights.append(Weight(name, parameter, "vector"))
     return weights
 
 
 def _fused(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    there = {name for name, _ in model.named_parameters()}
     for prefix, module in model.named_modules():
         rows = getattr(module, "fused_rows", None)
         if callable(rows):
             for name, sizes in rows().items():
+                if f"{prefix}.{name}" not in there:  # packed, so that nobody trains it
+                    continue
                 parameter = module.get_parameter(name)
                 assert sum(sizes) == parameter.numel() // parameter.shape[-1], f"{prefix}.{name}"
                 yield f"{prefix}.{name}", sizes

@@ -71,8 +71,8 @@ class Optimizer:
 
 def _adamw(weights: list[Weight], settings: OptimSettings) -> torch.optim.AdamW:
     """Decay for maps between channels alone: the embedding of a rare token must not shrink while it is away."""
-    decayed = [weight.parameter for weight in weights if weight.kind in ("matrix", "head")]
-    others = [weight.parameter for weight in weights if weight.kind not in ("matrix", "head")]
+    decayed = [weight.parameter for weight in weights if weight.kind in ("matrix", "head", "factor")]
+    others = [weight.parameter for weight in weights if weight.kind not in ("matrix", "head", "factor")]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = weights[0].parameter.device.type in ("cpu", "cuda")
     return torch.optim.AdamW([group for group in groups if group["params"]], settings.lr, settings.betas, settings.eps, fused=fused)

@@ -95,8 +95,31 @@ def _open_tokenizer(recipe: Recipe, data: DataSpec, checkpoint: Checkpoint | Non
     return None
 
 
+def _check_adapter(plan: Plan) -> None:
+    adapter, checkpoint = plan.recipe.adapter, plan.checkpoint
+    quantised = checkpoint is not None and checkpoint.spec.quant is not None
+    if quantised and checkpoint is not None and checkpoint.adapter is None and (adapter is None or adapter.whole):
+        raise UserError(
+            f"{checkpoint.path} is quantised, and such weights cannot be trained; train an adapter beside them (adapter=lora), or begin "
+            "from the model before it was quantised."
+        )
+    if adapter is None:
+        return
+    if checkpoint is None:
+        raise UserError(
+            f"adapter is {adapter.type} but the model has no weights yet, and an adapter alone teaches nothing to a model drawn at random; "
+            "give the folder of a model, or pretrained=true for one that was pulled."
+        )
+    if checkpoint.adapter is not None:
+        raise UserError(
+            f"model is the adapter {checkpoint.adapter.path}, and adapter asks for another upon it; leave adapter out to train that one "
+            "further, or merge it into its base first."
+        )
+
+
 def _check(plan: Plan) -> None:
     """Refuse combinations that cannot work, before anything is paid for."""
+    _check_adapter(plan)
     recipe, spec = plan.recipe, plan.spec
     vocab = plan.tokenizer.vocab_size if plan.tokenizer is not None else read_manifest(plan.data.sources[0].path).tokenizer.vocab_size
     if spec.vocab < vocab:

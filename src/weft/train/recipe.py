@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from weft.errors import UserError, nearest
 from weft.files import read_text
 from weft.objectives.settings import NextTokenSettings, ObjectiveSettings
+from weft.spec.adapters import AdapterSettings
 from weft.spec.base import Spec, parse
 from weft.train.settings import BatchSettings, EvalSettings, LogSettings, OptimSettings, SaveSettings
 
@@ -23,6 +24,7 @@ class Recipe(Spec):
     model      a name that `weft models` lists, a YAML or JSON spec, the folder or GGUF file of a model to train further, or a spec
                written out here (its `vocab` may be left to the tokenizer).
     pretrained for a name: begin from the weights that `weft pull` fetched, instead of from scratch.
+    adapter    what of the model is trained where not all of it is (see `weft.spec.adapters`): a form's name, or its settings.
     data       a path, a list of paths, a list of `{path, weight, name}`, or a mapping (see `weft.data.load.DataSpec`).
     out        the folder of the run.
     tokenizer  a file or folder; None takes the one beside the model, else the one that the data was prepared with.
@@ -39,6 +41,7 @@ class Recipe(Spec):
     data: str | list[Any] | dict[str, Any]
     out: str
     pretrained: bool = False
+    adapter: AdapterSettings | None = None
     tokenizer: str | None = None
     steps: PositiveInt | None = None
     minutes: PositiveFloat | None = None

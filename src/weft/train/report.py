@@ -40,9 +40,12 @@ class Report:
 
     @property
     def step_flops(self) -> float:
-        """Of one step: three times the forward pass (one forward, two backward), for every trained model."""
-        length, specs = self.job.batches.length, [model.spec for model in self.job.trained.values()]
-        return 3 * self.step_tokens / length * sum(spec.flops(length) + spec.mtp_flops(length) for spec in specs)
+        """Of one step: three times the forward pass (one forward, two backward), for every trained model; twice where an adapter is
+        trained, as the weights have no gradients then."""
+        length, total = self.job.batches.length, 0.0
+        for model in self.job.trained.values():
+            total += (3 if model.adapters is None else 2) * (model.spec.flops(length) + model.spec.mtp_flops(length))
+        return self.step_tokens / length * total
 
     def begin(self, state: TrainState) -> None:
         """Measure the machine, and write a card that says what is going on."""
@@ -98,6 +101,7 @@ class Report:
             "out": str(job.out),
             "model": {
                 "parameters": spec.num_params(),
+                "trained": sum(p.numel() for p in job.policy.parameters() if p.requires_grad),
                 "family": family_of(spec).name,
                 "spec": spec.model_dump(mode="json", exclude_defaults=True),
             },

@@ -27,10 +27,10 @@ class BatchSettings(Spec):
 class OptimSettings(Spec):
     """The optimiser and the path of its learning rate.
 
-    name          "adamw" (Loshchilov and Hutter 2019), or "muon": matrices inside blocks by Muon, the rest by AdamW.
+    name          "adamw" (Loshchilov and Hutter 2019), or "muon": matrices inside blocks by Muon, the rest and adapters by AdamW.
     lr            peak learning rate.
     matrix_lr     peak of the matrices that Muon moves; None is `lr`.
-    weight_decay  of matrices and an untied head; embeddings, norms, biases and other vectors have none.
+    weight_decay  of matrices, an untied head and an adapter's factors; embeddings, norms, biases and other vectors have none.
     clip          largest norm of all gradients together (Pascanu et al. 2013); None clips nothing.
     schedule, warmup, final, decay: see `Schedule`.
     """

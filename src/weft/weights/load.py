@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from weft.files import read_text
 from weft.nn import Model, build, materialise
 from weft.nn.compact import compact
 from weft.spec import ModelSpec, Quant
+from weft.weights.adapter_base import find_base
+from weft.weights.adapter_files import StoredAdapter, is_adapter, put_adapter, read_adapter
 from weft.weights.files import TensorFiles
 from weft.weights.gguf import GGUF, read_gguf
 from weft.weights.gguf_packed import fill_packed, stored_quant
@@ -32,6 +34,8 @@ class Checkpoint:
 
     path      the folder or the GGUF file; its tokenizer, where it has one, is found there.
     family    how its weights are named.     config  config.json, or a GGUF file's metadata.
+    source    the name or path it was opened by.
+    adapter   what is put on its weights, where an adapter was opened; `path` is then the adapter's folder if a tokenizer lies there.
     """
 
     path: Path
@@ -39,6 +43,8 @@ class Checkpoint:
     spec: ModelSpec
     config: dict[str, Any]
     files: TensorSource
+    source: str = ""
+    adapter: StoredAdapter | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -117,9 +123,24 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", dtype: to
     return Loaded(load_weights(checkpoint, device, dtype), checkpoint)
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Read and check a model's description and the headers of its weights."""
+def open_checkpoint(source: str | Path, adapter: str | Path | None = None) -> Checkpoint:
+    """Read and check a model's description and the headers of its weights. The folder of an adapter stands for its base with it.
+
+    adapter  the folder of an adapter to put on the model.
+    """
     path = find_model(source)
+    if is_adapter(path):
+        if adapter is not None:
+            raise UserError(f"{source} is an adapter and so is {adapter}; give the model that they are for, and one of them.")
+        stored = read_adapter(path)
+        return open_checkpoint(find_base(stored.base, path), path)
+    if adapter is not None:
+        stored, base = read_adapter(adapter), open_checkpoint(source)
+        return replace(base, adapter=stored, path=stored.path if stored.has_tokenizer else base.path)
+    return replace(_open(path), source=str(source))
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_file():
         return _open_gguf(path)
     config = read_config(path)
@@ -137,13 +158,20 @@ def load_weights(
     packed  keep a GGUF file's quantised matrices as they are where `checkpoint.quant` says how; `dtype` is then that of the rest.
             Otherwise they are dequantised. A folder that Weft quantised is always kept as it is.
     """
+    model = _load_base(checkpoint, device, dtype, packed)
+    if checkpoint.adapter is not None:
+        put_adapter(model, checkpoint.adapter, checkpoint.family, checkpoint.source)
+    return model.eval()
+
+
+def _load_base(checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype | None, packed: bool) -> Model:
     if packed and isinstance(checkpoint.files, GGUFTensors) and checkpoint.quant is not None:
         return _load_packed(checkpoint, checkpoint.files, checkpoint.quant, device, dtype or torch.float32)
     model = materialise(build(checkpoint.spec, "meta", dtype or stored_dtype(checkpoint)), device)
     prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
     load_tensors(stored_state(model), checkpoint.rules(model), checkpoint.files, prefix, str(checkpoint.path))
     compact(model)
-    return model.eval()
+    return model
 
 
 def _load_packed(checkpoint: Checkpoint, files: "GGUFTensors", quant: Quant, device: str | torch.device, dtype: torch.dtype) -> Model:
@@ -152,7 +180,7 @@ def _load_packed(checkpoint: Checkpoint, files: "GGUFTensors", quant: Quant, dev
     used, left = fill_packed(model, checkpoint.rules(model), files.file)
     load_tensors(dict(model.named_parameters()), left, _Rest(files.file, used), "", str(checkpoint.path))
     compact(model)
-    return model.eval()
+    return model
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

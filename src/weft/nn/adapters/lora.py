@@ -84,11 +84,12 @@ class LoRAAdapter(nn.Module):
         return a.to(dtype), (b * self.settings.factor).to(dtype)
 
     def _factors(self, linear: Linear, dtype: torch.dtype) -> Factors:
-        """What a pass multiplies with; kept between passes that record no gradient, until a parameter changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """What a pass multiplies with. Between passes of an engine it is kept; any other pass may be one before the parameters are updated,
+        which fused optimisers do without raising a tensor's version."""
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            self._kept = None
             return self._make_factors(linear, dtype)
-        parameters = list(self.parameters())
-        key = (dtype, *((id(parameter), parameter.device, parameter._version) for parameter in parameters))
+        key = (dtype, *((id(p), p.device, 0 if p.is_inference() else p._version) for p in self.parameters()))
         if self._kept is None or self._kept[0] != key:
             self._kept = key, self._make_factors(linear, dtype)
         return self._kept[1]

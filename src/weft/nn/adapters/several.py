@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from weft.nn.adapters.shared import Adapters
 from weft.nn.linear import Linear, affine
+from weft.nn.model import Model
 
 
 class SeveralLoRA(nn.Module):
@@ -49,7 +50,7 @@ def naive_several(x: Tensor, linear: Linear, factors: Sequence[tuple[Tensor, Ten
     return torch.stack(rows)
 
 
-def put_several(model: nn.Module, shared: Adapters, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], dtype: torch.dtype) -> None:
+def put_several(model: Model, shared: Adapters, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], dtype: torch.dtype) -> None:
     """Put adapters by name, each the factors of some linear maps by theirs, beside the maps of a model."""
     modules = dict.fromkeys(module for adapter in factors.values() for module in adapter)
     for name in modules:

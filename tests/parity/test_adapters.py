@@ -1,0 +1,189 @@
+"""Adapters as PEFT computes, writes and reads them: logits of its adapters in Weft and of Weft's in PEFT, in float32."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from weft.errors import UserError
+from weft.nn.adapters import adapter_parameters, adapters_off
+from weft.spec.adapters import IA3, LoRA
+from weft.weights.adapter_files import adapt, put_adapter, read_adapter
+from weft.weights.load import load_model, open_checkpoint
+from weft.weights.save import save_model
+from weft.zoo import FAMILIES
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+TOLERANCE = 1e-5
+SIZES = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=67,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        resid_pdrop=0,
+    ),
+}
+SOME = {"llama": ["q_proj", "v_proj", "down_proj"], "qwen2": ["k_proj", "up_proj", "o_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
+THEIRS = {
+    "lora": lambda family: peft.LoraConfig(r=3, lora_alpha=7, target_modules=SOME[family], task_type="CAUSAL_LM"),
+    "rslora": lambda family: peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=SOME[family], task_type="CAUSAL_LM"),
+    "dora": lambda family: peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=SOME[family], task_type="CAUSAL_LM"),
+    "ia3": lambda family: peft.IA3Config(task_type="CAUSAL_LM"),
+}
+OURS = {
+    "lora": lambda family: LoRA(rank=3, alpha=7),
+    "rslora": lambda family: LoRA(rank=4, alpha=3, rslora=True, targets=tuple(SOME[family])),
+    "dora": lambda family: LoRA(rank=3, alpha=7, dora=True),
+    "ia3": lambda family: IA3(),
+}
+TOKENS = torch.randint(3, 67, (2, 13), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model of each family as transformers saves it, its biases too drawn at random."""
+    made = {}
+    for family, config in CONFIGS.items():
+        torch.manual_seed(7)
+        model = transformers.AutoModelForCausalLM.from_config(config())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        made[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(made[family])
+    return made
+
+
+def disturbed(parameters):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+
+
+def their_adapter(folder, form, family, out):
+    """An adapter made by PEFT, and what it computes with it."""
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), THEIRS[form](family)).eval()
+    disturbed(parameter for parameter in model.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(out)
+    return logits
+
+
+def our_logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("form", THEIRS)
+def test_weft_reads_what_peft_wrote(family, form, folder, tmp_path):
+    expected = their_adapter(folder[family], form, family, tmp_path)
+    loaded = load_model(tmp_path)  # by its adapter_config.json, which names the base
+    torch.testing.assert_close(our_logits(loaded.model), expected, rtol=0, atol=TOLERANCE)
+    with adapters_off(loaded.model):
+        assert float((our_logits(loaded.model) - expected).abs().max()) > 1e-2
+    # And back: what Weft writes of it, PEFT reads as the same numbers.
+    again = save_model(loaded.model, tmp_path / "again")
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder[family]), again).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(TOKENS).logits, expected, rtol=0, atol=1e-7)
+    first, second = (read_adapter(path).files for path in (tmp_path, again))
+    assert set(first.names) == set(second.names)
+    for name in first.names:
+        assert torch.equal(first.read(name), second.read(name)), name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("form", OURS)
+def test_peft_reads_what_weft_wrote(family, form, folder, tmp_path):
+    model = load_model(folder[family]).model
+    adapt(model, OURS[form](family), FAMILIES[family], str(folder[family]), seed=2)
+    disturbed(adapter_parameters(model).values())
+    save_model(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing")  # PEFT warns of keys that it does not find
+        theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder[family]), tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+        with theirs.disable_adapter():
+            assert float((theirs(TOKENS).logits - expected).abs().max()) > 1e-2
+    torch.testing.assert_close(our_logits(model), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(our_logits(load_model(tmp_path).model), expected, rtol=0, atol=TOLERANCE)
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()  # the base by its name in the config
+    with torch.no_grad():
+        torch.testing.assert_close(auto(TOKENS).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_for_another_model_is_refused(folder, tmp_path):
+    model = load_model(folder["llama"]).model
+    adapt(model, LoRA(rank=2), FAMILIES["llama"], str(folder["llama"]))
+    save_model(model, tmp_path / "ours")
+    their_adapter(folder["gpt2"], "lora", "gpt2", tmp_path / "gpt2")
+    their_adapter(folder["llama"], "lora", "llama", tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"gpt2 is an adapter for another model .*: it changes transformer\.h\.0\.attn\.c_attn, and this"):
+        load_adapted(folder["llama"], tmp_path / "gpt2")
+    wider = transformers.LlamaConfig(**{**SIZES, "intermediate_size": 64}, num_key_value_heads=2, max_position_embeddings=64)
+    transformers.AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")
+    with pytest.raises(UserError, match=r"another model, or damaged: .*down_proj\.lora_A\.weight is 3x48, and this model needs 3x64 there"):
+        load_adapted(tmp_path / "wider", tmp_path / "theirs")
+    torch.manual_seed(8)
+    twin = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    with torch.no_grad():
+        twin.model.norm.weight += 0.1
+    twin.save_pretrained(tmp_path / "twin")
+    with pytest.raises(UserError, match=r"an adapter for another model .*: the weights of this one are not those it was trained upon"):
+        load_adapted(tmp_path / "twin", tmp_path / "ours")
+    load_adapted(tmp_path / "twin", tmp_path / "theirs")  # PEFT writes nothing that could tell
+
+
+def load_adapted(base, adapter):
+    checkpoint = open_checkpoint(base, adapter)
+    loaded = load_model(base)
+    return put_adapter(loaded.model, checkpoint.adapter, checkpoint.family)
+
+
+def test_what_weft_does_not_compute_and_what_is_damaged_are_refused(folder, tmp_path):
+    their_adapter(folder["llama"], "lora", "llama", tmp_path)
+    path, whole = tmp_path / "adapter_config.json", (tmp_path / "adapter_model.safetensors").read_bytes()
+    config = json.loads(path.read_text())
+    for change, message in {
+        "bias": ("all", "has bias 'all', which Weft does not compute"),
+        "rank_pattern": ({"q_proj": 4}, "has rank_pattern"),
+        "modules_to_save": (["lm_head"], "has modules_to_save"),
+        "r": (0, "r is 0|rank is 0"),
+        "lora_alpha": (-1, "alpha is -1"),
+        "peft_type": ("OFT", "has peft_type 'OFT'; Weft reads LORA"),
+        "base_model_name_or_path": (None, "names no base. Name the base yourself"),
+    }.items():
+        path.write_text(json.dumps({**config, change: message[0]}))
+        with pytest.raises(UserError, match=message[1]):
+            load_model(tmp_path)
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "nobody/nothing"}))
+    with pytest.raises(UserError, match="is an adapter for nobody/nothing, which is no path and has not been pulled"):
+        load_model(tmp_path)
+    path.write_text(json.dumps(config)[:-9])
+    with pytest.raises(UserError, match="is not valid JSON"):
+        load_model(tmp_path)
+    path.write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
+        load_model(tmp_path)
