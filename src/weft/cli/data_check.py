@@ -44,7 +44,7 @@ def _print(found: "Findings", length: int | None) -> None:
     if found.kinds:
         print("; ".join(f"{count:,} {name}" for name, count in found.kinds.items()))
     if found.duplicates:
-        print(f"{found.duplicates:,} records say the same as an earlier one")
+        print(f"records that say the same as an earlier one: {found.duplicates:,}")
     if found.labels:
         print("labels: " + ", ".join(f"{label} {count:,}" for label, count in found.labels.most_common(20)))
     if found.lengths:
@@ -56,7 +56,7 @@ def _print(found: "Findings", length: int | None) -> None:
             print(_shown(sample))
     if found.num_errors:
         more = f", the first {len(found.errors)}" if found.num_errors > len(found.errors) else ""
-        print(f"\n{found.num_errors:,} errors{more}:")
+        print(f"\nerrors: {found.num_errors:,}{more}")
         for error in found.errors:
             print(f"  {error}")
     elif found.lengths:
@@ -73,8 +73,7 @@ def _print_lengths(found: "Findings", length: int | None) -> None:
     for bound, count in histogram:
         print(f"  to {bound:>6,} {count:>8,} {'█' * round(BAR * count / most)}")
     if length is not None:
-        cut = f"{found.truncated:,} texts are cut, by {found.cut_tokens:,} tokens in all" if found.truncated else "no text is cut"
-        print(f"at {length:,} tokens {cut}")
+        print(f"texts cut at {length:,} tokens: {found.truncated:,}{f', by {found.cut_tokens:,} tokens in all' if found.truncated else ''}")
 
 
 def _shown(sample: "Sample") -> str:
@@ -88,4 +87,4 @@ def _shown(sample: "Sample") -> str:
         text = text if len(text) <= left else f"{text[:left]}… ({len(text) - left:,} characters more)"
         shown += f"{opening}{text}{closing}" if run.trained else text
         left = max(100, left - len(text))
-    return f"── {name} ──\n{shown}"
+    return f"── {name} ──\n{shown.rstrip()}"
