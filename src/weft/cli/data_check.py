@@ -50,7 +50,7 @@ def _print(found: "Findings", length: int | None) -> None:
     if found.lengths:
         _print_lengths(found, length)
     if found.samples:
-        marked = "in green" if sys.stdout.isatty() else "in ⟦brackets⟧"
+        marked = "in green" if sys.stdout.isatty() else "in {+brackets+}"
         print(f"\nsamples; what is trained on is {marked}:")
         for sample in found.samples:
             print(_shown(sample))
@@ -79,7 +79,7 @@ def _print_lengths(found: "Findings", length: int | None) -> None:
 def _shown(sample: "Sample") -> str:
     """A sample as text; control characters, which could change the terminal, are left out."""
     terminal = sys.stdout.isatty()
-    opening, closing = ("\x1b[32m", "\x1b[0m") if terminal else ("⟦", "⟧")
+    opening, closing = ("\x1b[32m", "\x1b[0m") if terminal else ("{+", "+}")
     name = f"{sample.origin}{f', {sample.part}' if sample.part else ''}"
     shown, left = "", SAMPLE_CHARACTERS
     for run in sample.runs:

@@ -84,8 +84,10 @@ def convert(known: Format, row: Columns, origin: str) -> list[Record]:
     columns = {str(name).lower(): value for name, value in row.items()}
     lacking = known.missing([name for name, value in columns.items() if value is not None])
     if lacking:
-        where = f"{origin}: column '{lacking[0]}' is {'null' if lacking[0] in columns else 'missing'}"
-        raise UserError(f"{where}; {known.name} records need {known.columns}: fill it in, or drop the record.")
+        problem = "null" if lacking[0] in columns else f"missing (the record has {', '.join(columns) or 'none'})"
+        raise UserError(
+            f"{origin}: column '{lacking[0]}' is {problem}; all records of the file need {known.columns}: fill it in, or drop the record."
+        )
     return known.convert(columns, origin)
 
 

@@ -38,7 +38,7 @@ def test_good_records_are_counted_and_shown(folder, monkeypatch, capsys):
     assert "records that say the same as an earlier one: 1\n" in text
     assert f"texts cut at 50 tokens: 1, by {lengths[0] - 50} tokens in all" in text
     assert f"shortest {lengths[1]}, " in text
-    assert "assistant\n⟦It is four.<|im_end|>⟧\n──" in text
+    assert "assistant\n{+It is four.<|im_end|>+}\n──" in text
     assert text.count("── good.jsonl:") == 3
     assert text.endswith("no errors\n")
 
