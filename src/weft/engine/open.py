@@ -18,6 +18,7 @@ from weft.files import read_text
 from weft.nn import Model
 from weft.spec import ModelSpec
 from weft.tokenizer import Tokenizer, load_tokenizer
+from weft.tokenizer.compare import same_ids
 from weft.weights.hub import find_model
 from weft.weights.load import Checkpoint, load_weights, open_checkpoint
 
@@ -121,9 +122,7 @@ def open_model(
 
 def _open_draft(source: str, tokenizer: Tokenizer, device: str, dtype: str) -> Model:
     checkpoint = open_checkpoint(source)
-    other = load_tokenizer(checkpoint.path)
-    places = range(0, max(tokenizer.vocab_size, other.vocab_size), 97)
-    if tokenizer.vocab_size != other.vocab_size or any(tokenizer.token(place) != other.token(place) for place in places):
+    if not same_ids(tokenizer, load_tokenizer(checkpoint.path)):
         raise UserError(f"{source} cannot draft for this model, as its tokenizer is another one; take a draft model of the same family.")
     return open_weights(checkpoint, device, dtype)
 

@@ -7,7 +7,8 @@ from weft.data.record_kinds import Labelled
 from weft.errors import UserError
 from weft.methods.method import Place, Setup
 from weft.methods.records import encoded, encoder_of, example_batches, read_split
-from weft.nn import Model, add_score
+from weft.methods.score import train_score
+from weft.nn import Model
 from weft.objectives.classify import Classify
 from weft.objectives.settings import ClassifySettings
 from weft.spec import ModelSpec
@@ -36,9 +37,8 @@ class ClassifyMethod:
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
         names = classes_of(plan.spec, read_split(plan, Labelled)[0])
-        if policy.spec.score == len(names) and names == _names_of(policy.spec):
-            return policy  # a classifier of these classes is trained further
-        return add_score(policy, len(names), plan.recipe.seed, names)
+        numbered = not policy.spec.labels and names == _names_of(policy.spec)  # a classifier whose outputs have no names goes without
+        return train_score(policy, len(names), plan.recipe.seed, () if numbered else names)
 
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = plan.recipe.objective

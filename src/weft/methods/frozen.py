@@ -2,7 +2,6 @@
 
 import torch
 
-from weft.device import pick_dtype
 from weft.errors import UserError
 from weft.methods.method import Place
 from weft.nn import Model
@@ -30,9 +29,7 @@ def check_frozen(source: str, key: str, plan: Plan) -> Checkpoint:
 
 
 def open_frozen(source: str, key: str, plan: Plan, place: Place) -> Model:
-    """The same with its weights, in the numbers that the run's products are in."""
+    """The same with its weights, in the numbers of the run's products where these are bfloat16, which takes half the memory."""
     checkpoint = check_frozen(source, key, plan)
-    narrow = plan.recipe.dtype in ("auto", "bfloat16") and place.device.type != "mps"
-    dtype = pick_dtype("bfloat16") if narrow else place.dtype
-    assert dtype in (torch.bfloat16, torch.float32, torch.float64)
+    dtype = place.products if place.products == torch.bfloat16 else place.dtype
     return load_weights(checkpoint, place.device, dtype).requires_grad_(False)

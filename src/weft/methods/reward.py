@@ -3,7 +3,8 @@
 from weft.methods.method import Place, Setup
 from weft.methods.preferences import compared_batches
 from weft.methods.records import encoder_of
-from weft.nn import Model, add_score
+from weft.methods.score import train_score
+from weft.nn import Model
 from weft.objectives.reward import Reward
 from weft.objectives.settings import RewardSettings
 from weft.train.job import BatchSource
@@ -18,7 +19,7 @@ class RewardMethod:
         return compared_batches(plan, place, grouped=True)
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
-        return policy if policy.spec.score == 1 else add_score(policy, 1, plan.recipe.seed)
+        return train_score(policy, 1, plan.recipe.seed)
 
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = plan.recipe.objective

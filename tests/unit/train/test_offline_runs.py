@@ -1,0 +1,217 @@
+"""Recipes of classification, reward models, DPO and distillation: from files of records to a model folder, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from system.train_runs import MODEL, RECIPE, make_inputs
+from weft.data.record_kinds import Labelled
+from weft.errors import UserError
+from weft.methods.classify import classes_of
+from weft.spec import ModelSpec
+from weft.train.assemble import open_job, run_recipe
+from weft.train.callbacks import Callback
+from weft.train.parallel import World
+from weft.train.plan import make_plan
+from weft.train.recipe import override, recipe
+from weft.weights.load import load_model
+
+PLAIN = {**MODEL, "dropout": {}}
+WORDS = ("loom", "weft", "warp", "thread", "shuttle")
+OBJECTIVES = {
+    "classify": ("texts.tsv", "classify"),
+    "reward": ("pairs.jsonl", {"type": "reward", "centre": 0.01}),
+    "dpo": ("pairs.jsonl", {"type": "dpo", "nll": 0.1}),
+    "distill": ("text.txt", {"type": "distill", "teacher": "teacher/last", "temperature": 2.0}),
+}
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, rows, pace):
+        if rows and rows[-1]["step"] == self.step:
+            raise Killed
+
+
+def train(place: Path, out: str, *overrides: str, callbacks=(), **settings):
+    base = {**RECIPE, "model": PLAIN, "tokenizer": str(place / "tok"), "out": str(place / out), "steps": 6, "eval": {"every": 3}}
+    return run_recipe(recipe(override({**base, **settings}, overrides)), False, callbacks)
+
+
+def run(place: Path, kind: str, out: str, *overrides: str, callbacks=(), **settings):
+    """One of the four, from the model in `base`."""
+    file, objective = OBJECTIVES[kind]
+    if kind == "distill":
+        objective = {**objective, "teacher": str(place / objective["teacher"])}
+    given = {"model": str(place / "base" / "last"), "data": str(place / file), "objective": objective, "optim": {"lr": 1e-2}}
+    return train(place, out, *overrides, callbacks=callbacks, **{**given, **settings})
+
+
+def opened(place: Path, **settings):
+    """A job on pairs that is not run."""
+    given = {**RECIPE, "model": str(place / "base" / "last"), "tokenizer": str(place / "tok"), "data": str(place / "pairs.jsonl")}
+    return open_job(make_plan(recipe({**given, "out": str(place / "unused"), **settings})), None, World())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_measuring():
+    """A third of a second that every run takes to measure the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weft.train.report.matmul_peak", lambda *_: 1e10)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with records, a tokenizer, and two models that were trained for a moment."""
+    folder = tmp_path_factory.mktemp("offline")
+    make_inputs(folder)
+    texts = [(f"{WORDS[i % 5]} {WORDS[i % 3]}", "glad" if i % 2 else "sad") for i in range(40)]
+    (folder / "texts.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in texts))
+    pairs = [{"prompt": f"{i // 2} ", "chosen": WORDS[i // 2 % 4], "rejected": WORDS[i % 3] + "s"} for i in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    train(folder, "base", data=str(folder / "text.txt"), steps=2)
+    train(folder, "teacher", data=str(folder / "text.txt"), steps=2, model={**PLAIN, "dim": 32}, seed=5)
+    return folder
+
+
+def logged(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_run_ends_with_a_model_and_goes_on_bit_for_bit(kind, place):
+    assert run(place, kind, kind)["status"] == "finished"
+    rows = logged(place / kind)
+    valid = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    assert valid[-1] < valid[0]
+    if kind != "distill":
+        assert {"accuracy", "valid_accuracy"} <= {name for row in rows for name in row}
+    for step in (2, 5):
+        with pytest.raises(Killed):
+            run(place, kind, f"{kind} killed", callbacks=[KillAt(step)])
+    run(place, kind, f"{kind} killed")
+    for name in ("last/model.safetensors", "last/optimizer/model.safetensors", "metrics.jsonl"):
+        assert (place / kind / name).read_bytes() == (place / f"{kind} killed" / name).read_bytes(), name
+    run(place, kind, f"{kind} other", seed=1)
+    assert (place / kind / "metrics.jsonl").read_bytes() != (place / f"{kind} other" / "metrics.jsonl").read_bytes()
+
+
+def test_what_a_classifier_says_of_itself(place):
+    run(place, "classify", "classes", "steps=1")
+    spec = load_model(place / "classes" / "last").spec
+    assert (spec.score, spec.labels) == (2, ("glad", "sad"))
+    config = json.loads((place / "classes" / "last" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["id2label"] == {"0": "glad", "1": "sad"}
+    # Trained further, it keeps its classes and its head.
+    run(place, "classify", "further", "steps=1", model=str(place / "classes" / "last"), optim={"lr": 1e-9, "warmup": 0})
+    first, second = (load_file(place / name / "last" / "model.safetensors")["score.weight"] for name in ("classes", "further"))
+    assert torch.allclose(first, second, atol=1e-6)
+
+
+def test_a_reference_is_what_training_began_with_or_what_is_named(place):
+    before = load_file(place / "base" / "last" / "model.safetensors")
+    job = opened(place, objective="dpo")
+    assert torch.equal(job.models["reference"].embed.weight, before["model.embed_tokens.weight"])
+    assert job.models["reference"].embed.weight is not job.policy.embed.weight
+    assert list(job.trained) == ["policy"]
+    named = opened(place, objective={"type": "dpo", "reference": str(place / "teacher" / "last")})
+    assert named.models["reference"].spec.dim == 32
+    adapted = opened(place, objective="dpo", adapter="lora")
+    assert set(adapted.models) == {"policy"}, "a policy with an adapter is its own reference without it"
+
+
+def test_with_an_adapter_dpo_begins_at_log_two_and_the_head_of_a_reward_model_is_trained(place):
+    run(place, "dpo", "dpo lora", "steps=2", adapter="lora", objective="dpo")
+    losses = [row["loss"] for row in logged(place / "dpo lora") if "loss" in row]
+    assert abs(losses[0] - 0.6931472) < 1e-6
+    assert losses[1] != losses[0]
+    run(place, "reward", "reward lora", "steps=2", adapter="lora")
+    head = load_model(place / "reward lora" / "last").model.score.weight
+    assert head.shape == (1, 16)
+    assert not torch.equal(head, opened(place, objective="reward", adapter="lora").policy.score.weight)
+
+
+def test_held_out_records_can_be_named(place):
+    (place / "held.tsv").write_text("text\tlabel\nloom\tglad\nwarp\tsad\n")
+    run(place, "classify", "held", "steps=1", data={"sources": [str(place / "texts.tsv")], "held_out": str(place / "held.tsv")})
+    assert json.loads((place / "held" / "run.json").read_text())["data"][0]["documents"] == 40
+    (place / "odd.tsv").write_text("text\tlabel\nloom\tglad\nwarp\tcross\n")
+    with pytest.raises(UserError, match=r"odd.tsv:3: the label is 'cross', which no text to train on has; allowed are glad, sad"):
+        run(place, "classify", "odd", data={"sources": [str(place / "texts.tsv")], "held_out": str(place / "odd.tsv")})
+
+
+def test_format_tokens_are_left_out_of_the_loss_where_asked(place):
+    counts = []
+    for masked in (False, True):
+        job = opened(place, objective={"type": "dpo", "mask_format": masked})
+        texts = job.batches.batch(0).texts
+        counts.append((texts.num_targets, int((texts.targets[texts.mask] == job.tokenizer.eos_id).sum())))
+    assert counts[0][1] == 12, "an end token an answer"
+    assert counts[1] == (counts[0][0] - 12, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("dpo", {"objective": {"type": "dpo", "loss": "ipo", "label_smoothing": 0.1}}, "label_smoothing is 0.1, but the loss is ipo"),
+        ("dpo", {"data": "texts.tsv"}, "texts.tsv"),
+        ("dpo", {"data": "same.jsonl"}, "same.jsonl:1"),
+        ("classify", {"data": "pairs.jsonl"}, "pairs.jsonl"),
+        ("classify", {"data": "alike.tsv"}, "alike.tsv:2: the label is 'x' in every record"),
+        ("classify", {"data": {"sources": [{"path": "texts.tsv", "weight": 2.0}]}}, "drop the weights"),
+        ("distill", {"objective": {"type": "distill", "teacher": "nowhere"}}, "nowhere"),
+        ("distill", {"objective": {"type": "distill", "teacher": "stranger"}}, "stranger.*whose tokenizer is another one"),
+        ("reward", {"optim": {"lr": 1e30, "clip": None, "warmup": 0}, "steps": 30}, "(loss|gradient) of step .* is (nan|inf)"),
+    ],
+)
+def test_bad_input_is_a_sentence(kind, settings, words, place, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "same.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
+    (place / "alike.tsv").write_text("text\tlabel\none\tx\ntwo\tx\n")
+    if not (place / "stranger").exists():
+        (place / "more").mkdir()
+        make_inputs(place / "more")
+        path = place / "more" / "tok" / "tokenizer.json"
+        path.write_text(path.read_text().replace('"</s>"', '"<end>"'))
+        (place / "more" / "tok" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+        load = {"model": PLAIN, "data": str(place / "text.txt"), "tokenizer": str(place / "more" / "tok"), "steps": 1}
+        train(place, "stranger run", **load)
+        (place / "stranger run" / "last").rename(place / "stranger")
+    with pytest.raises(UserError, match=words):
+        run(place, kind, "bad", **settings)
+
+
+def test_classes_are_sorted_and_checked():
+    def records(*labels):
+        return [Labelled("text", label, f"file:{i}") for i, label in enumerate(labels, 1)]
+
+    plain = ModelSpec.model_validate({"vocab": 11, "dim": 16, "layers": [{"channel": {"type": "gated", "hidden": 8}}]})
+    assert classes_of(plain, records(10, 9, 2, 9)) == ("2", "9", "10")
+    assert classes_of(plain, records("b", "a", "b")) == ("a", "b")
+    numbered = ModelSpec.model_validate({**plain.model_dump(), "score": 3})
+    assert classes_of(numbered, records(2, 0)) == ("0", "1", "2"), "the model's own classes"
+    with pytest.raises(UserError, match="file:2: the label is 3, but the model is a classifier with 3 outputs; allowed are 0, 1, 2"):
+        classes_of(numbered, records(0, 3))
+    with pytest.raises(UserError, match="file:2: the label is 'x', but others are numbers, such as 1; give all in one form"):
+        classes_of(plain, records(1, "x"))
+    with pytest.raises(UserError, match="each of 3 records has a label of its own"):
+        classes_of(plain, records("a", "b", "c"))
+
+
+def test_pairs_of_one_prompt_are_one_example_of_a_reward_model_and_several_of_dpo(place):
+    rewarded, preferred = (opened(place, objective=objective).batches for objective in ("reward", "dpo"))
+    assert len(rewarded.examples) + len(rewarded.valid) == 20
+    assert len(preferred.examples) + len(preferred.valid) == 40
+    assert {len(example.answers) for example in rewarded.examples} == {3}, "an answer that is in two pairs is read once"
+    assert all(len(example.pairs) == 2 for example in rewarded.examples)
