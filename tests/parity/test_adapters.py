@@ -8,7 +8,7 @@ import torch
 
 from weft.errors import UserError
 from weft.nn.adapters import adapter_parameters, adapters_off
-from weft.spec.adapters import IA3, LoRA
+from weft.spec.adapters import IA3, LoRA, Prefix, Prompt
 from weft.weights.adapter_files import adapt, put_adapter, read_adapter
 from weft.weights.load import load_model, open_checkpoint
 from weft.weights.save import save_model
@@ -41,12 +41,16 @@ THEIRS = {
     "rslora": lambda family: peft.LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=SOME[family], task_type="CAUSAL_LM"),
     "dora": lambda family: peft.LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=SOME[family], task_type="CAUSAL_LM"),
     "ia3": lambda family: peft.IA3Config(task_type="CAUSAL_LM"),
+    "prompt": lambda family: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prefix": lambda family: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
 }
 OURS = {
     "lora": lambda family: LoRA(rank=3, alpha=7),
     "rslora": lambda family: LoRA(rank=4, alpha=3, rslora=True, targets=tuple(SOME[family])),
     "dora": lambda family: LoRA(rank=3, alpha=7, dora=True),
     "ia3": lambda family: IA3(),
+    "prompt": lambda family: Prompt(tokens=5),
+    "prefix": lambda family: Prefix(tokens=5),
 }
 TOKENS = torch.randint(3, 67, (2, 13), generator=torch.Generator().manual_seed(1))
 
@@ -77,17 +81,23 @@ def their_adapter(folder, form, family, out):
     """An adapter made by PEFT, and what it computes with it."""
     model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), THEIRS[form](family)).eval()
     disturbed(parameter for parameter in model.parameters() if parameter.requires_grad)
-    with torch.no_grad():
-        logits = model(TOKENS).logits
+    logits = their_logits(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(out)
     return logits
 
 
-def our_logits(model):
+def our_logits(model, virtual=True):
+    """Logits of the text, virtual tokens standing before it where the model has some."""
+    before = torch.tensor(model.virtual_ids if virtual else ()).long().expand(len(TOKENS), -1)
     with torch.no_grad():
-        return model(TOKENS).logits
+        return model(torch.cat([before, TOKENS], 1)).logits[:, before.shape[1] :]
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits[:, -TOKENS.shape[1] :]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -97,12 +107,11 @@ def test_weft_reads_what_peft_wrote(family, form, folder, tmp_path):
     loaded = load_model(tmp_path)  # by its adapter_config.json, which names the base
     torch.testing.assert_close(our_logits(loaded.model), expected, rtol=0, atol=TOLERANCE)
     with adapters_off(loaded.model):
-        assert float((our_logits(loaded.model) - expected).abs().max()) > 1e-2
+        assert float((our_logits(loaded.model, virtual=False) - expected).abs().max()) > 1e-2
     # And back: what Weft writes of it, PEFT reads as the same numbers.
     again = save_model(loaded.model, tmp_path / "again")
     theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder[family]), again).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(TOKENS).logits, expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(their_logits(theirs), expected, rtol=0, atol=1e-7)
     first, second = (read_adapter(path).files for path in (tmp_path, again))
     assert set(first.names) == set(second.names)
     for name in first.names:
@@ -119,15 +128,13 @@ def test_peft_reads_what_weft_wrote(family, form, folder, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing")  # PEFT warns of keys that it does not find
         theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder[family]), tmp_path).eval()
-    with torch.no_grad():
-        expected = theirs(TOKENS).logits
-        with theirs.disable_adapter():
-            assert float((theirs(TOKENS).logits - expected).abs().max()) > 1e-2
+    expected = their_logits(theirs)
+    with theirs.disable_adapter():
+        assert float((their_logits(theirs) - expected).abs().max()) > 1e-2
     torch.testing.assert_close(our_logits(model), expected, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(our_logits(load_model(tmp_path).model), expected, rtol=0, atol=TOLERANCE)
     auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()  # the base by its name in the config
-    with torch.no_grad():
-        torch.testing.assert_close(auto(TOKENS).logits, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(their_logits(auto), expected, rtol=0, atol=1e-6)
 
 
 def test_an_adapter_for_another_model_is_refused(folder, tmp_path):

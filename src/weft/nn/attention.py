@@ -1,5 +1,7 @@
 """Self-attention: multi-head, multi-query and grouped-query, with an optional sliding window or sparse pattern."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,9 @@ from weft.nn.rope import Rope, rotate
 from weft.nn.step import Step, allowed
 from weft.spec import Attention as AttentionSpec
 from weft.spec import StateSpec, Strided
+
+if TYPE_CHECKING:
+    from weft.nn.adapters.virtual import LayerPrefix
 
 
 @register(AttentionSpec)
@@ -41,6 +46,7 @@ class Attention(nn.Module):
         self.k_norm = build_norm(spec.qk_norm, self.width) if spec.qk_norm else None
         self.rope = Rope(spec.rope, self.width) if spec.rope else None
         self.sink = nn.Parameter(torch.zeros(self.heads)) if spec.sink_logits else None
+        self.prefix: LayerPrefix | None = None  # keys and values of virtual tokens, where there are some
         self.init_std = site.init_std
 
     def reset_parameters(self) -> None:
@@ -56,7 +62,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: Step, views: State | None = None) -> tuple[Tensor, Side]:
         batch, length, _ = x.shape
         heads = self.qkv(x).view(batch, length, -1, self.width)
-        if views is not None and self.kernel_knows and can_attend_in_place(heads, views["k"], views["v"]):
+        if views is not None and self.kernel_knows and self.prefix is None and can_attend_in_place(heads, views["k"], views["v"]):
             return self.out(self._attend_in_place(heads, step, views).view(batch, length, -1)), Side()
         q, k, v = self._turned(heads, step)
         if views is None:
@@ -67,13 +73,15 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(batch, length, -1)), Side()
 
     def _turned(self, heads: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of heads [B, T, H + 2 G, D], normalised and rotated."""
+        """Queries, keys and values of heads [B, T, H + 2 G, D], normalised and rotated; those of virtual tokens as they were learned."""
         q, k, v = heads.split([self.heads, self.groups, self.groups], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             cos, sin = self.rope.tables(step)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.prefix is not None:
+            k, v = self.prefix.put(k, v, step)
         return q, k, v
 
     def _remembered(self, k: Tensor, v: Tensor, step: Step, views: State) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from weft.spec import ModelSpec
 
 if TYPE_CHECKING:
     from weft.nn.adapters.shared import Adapters
+    from weft.nn.adapters.virtual import VirtualTokens
 
 Pending = list[dict[str, dict[str, Tensor]]]
 
@@ -80,6 +81,7 @@ class Model(nn.Module):
         self.fast = self.int8_state = False
         self._stretches: dict[int, Stretch] | None = None
         self.adapters: Adapters | None = None
+        self.virtual: VirtualTokens | None = None
 
     def set_adapters(self, adapters: "Adapters | None") -> None:
         """Say what adapter the model has now, after its layers have been given it."""
@@ -161,7 +163,7 @@ class Model(nn.Module):
 
     def enter(self, tokens: Tensor, step: Step) -> Tensor:
         """What the first layer reads, [B, T, D]: token vectors with their positions."""
-        x = self.embed(tokens)
+        x = self.embed(tokens) if self.virtual is None else self.virtual(self.embed, tokens, step)
         if step.noise is not None:
             x = x + (2 * torch.rand_like(x) - 1) * step.noise[..., None].to(x.dtype)
         if self.spec.scale_embeddings:  # rounded to the working dtype first, as the published weights expect
@@ -196,6 +198,11 @@ class Model(nn.Module):
         """Every layer under the name that its `aux` begins with."""
         further = [(f"mtp.{k}", module.block) for k, module in enumerate(self.mtp, 1) if isinstance(module, MTPModule)]
         return [*((str(i), block) for i, block in enumerate(self.layers())), *further]
+
+    @property
+    def virtual_ids(self) -> tuple[int, ...]:
+        """Ids of the virtual tokens that stand before every text (`weft.nn.adapters.virtual`); none in most models."""
+        return () if self.virtual is None else self.virtual.ids
 
     @property
     def device(self) -> torch.device:

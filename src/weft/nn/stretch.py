@@ -106,6 +106,7 @@ def _numbers(block: nn.Module) -> Numbers | None:
     if (
         mixer.q_norm is not None
         or not mixer.kernel_knows
+        or mixer.prefix is not None
         or mixer.width not in WIDTHS
         or channel.spec.activation != "silu"
         or norms[0].unit_offset != norms[1].unit_offset

@@ -95,11 +95,12 @@ class Prompt(AdapterSpec):
 class Prefix(AdapterSpec):
     """Keys and values that every attention layer finds before the text (Li and Liang 2021), without the MLP that may make them in training.
 
-    tokens  how many positions they take.
+    tokens  how many positions they take.      text  whose keys and values they begin as, repeated or cut; None draws tokens at random.
     """
 
     type: Literal["prefix"] = "prefix"
     tokens: PositiveInt = 16
+    text: str | None = None
 
 
 class BitFit(AdapterSpec):

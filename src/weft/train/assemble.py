@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from weft.data.prepare import Progress
+from weft.data.virtual import VirtualBatches
 from weft.device import pick_device, pick_dtype
 from weft.errors import UserError
-from weft.methods import Place, method_of
+from weft.methods import Place, Setup, method_of
 from weft.nn import Model, build
 from weft.train.callbacks import Callback, TensorBoard
 from weft.train.heap import keep_freed_memory
-from weft.train.job import Compute, Job, Length
+from weft.train.job import BatchSource, Compute, Job, Length
 from weft.train.objective import POLICY
 from weft.train.parallel import World, join_world
 from weft.train.plan import Plan, make_plan
@@ -64,8 +65,20 @@ def _open_model(plan: Plan, device: torch.device, weights: torch.dtype, products
     frozen = checkpoint.adapter is not None or (recipe.adapter is not None and not recipe.adapter.whole)
     model = load_weights(checkpoint, device, products if frozen and products == torch.bfloat16 else weights)
     if recipe.adapter is not None:
-        adapt(model, recipe.adapter, checkpoint.family, checkpoint.source, recipe.seed)
+        adapt(model, recipe.adapter, checkpoint.family, checkpoint.source, recipe.seed, plan.tokenizer)
     return model
+
+
+def _before_texts(batches: BatchSource, policy: Model, setup: Setup) -> BatchSource:
+    """The batches with the policy's virtual tokens before their texts, where it has some."""
+    ids = policy.virtual_ids
+    if not ids:
+        return batches
+    if setup.engine is not None or any(model.virtual_ids != ids for model in setup.models.values()):
+        raise UserError(
+            "adapter is prompt or prefix, but this objective has texts written, or read by a model without virtual tokens; take lora."
+        )
+    return VirtualBatches(batches, ids)
 
 
 def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progress | None = None) -> Job:
@@ -96,7 +109,7 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
     return Job(
         models={POLICY: policy, **setup.models},
         objective=setup.objective,
-        batches=batches,
+        batches=_before_texts(batches, policy, setup),
         folder=folder,
         out=out,
         length=Length(recipe.steps, recipe.minutes),

@@ -9,6 +9,7 @@ from weft.data.shards import TOKENIZER, is_prepared, read_manifest
 from weft.errors import UserError, nearest
 from weft.objectives.settings import NextTokenSettings
 from weft.spec import GRU, LSTM, Attention, Learned, ModelSpec, model_spec, read_model_spec
+from weft.spec.adapters import Prefix, Prompt
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.train.recipe import Recipe
 from weft.weights.hub import find_model
@@ -31,8 +32,15 @@ class Plan:
 
     @property
     def length(self) -> int:
-        """Tokens a row."""
-        return self.recipe.batch.length or self.spec.context
+        """Tokens a row, virtual ones apart."""
+        return self.recipe.batch.length or self.spec.context - self.num_virtual
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before every text."""
+        stored = self.checkpoint.adapter if self.checkpoint is not None else None
+        settings = self.recipe.adapter if stored is None else stored.settings
+        return settings.tokens if isinstance(settings, Prompt | Prefix) else 0
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -124,7 +132,9 @@ def _check(plan: Plan) -> None:
     vocab = plan.tokenizer.vocab_size if plan.tokenizer is not None else read_manifest(plan.data.sources[0].path).tokenizer.vocab_size
     if spec.vocab < vocab:
         raise UserError(f"the model's vocab is {spec.vocab} but the tokenizer has {vocab} ids; set model.vocab to {vocab} or more.")
-    if plan.length > spec.context and (isinstance(spec.position, Learned) or recipe.batch.length is None):
+    if plan.length < 1:
+        raise UserError(f"adapter.tokens is {plan.num_virtual}, which fills the model's {spec.context} positions; lower it.")
+    if plan.length + plan.num_virtual > spec.context and (isinstance(spec.position, Learned) or recipe.batch.length is None):
         raise UserError(
             f"batch.length is {plan.length} but the model has {spec.context} positions; lower it, or raise the model's context."
         )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,9 @@ from weft.errors import UserError
 from weft.files import atomic_write, read_text
 from weft.nn import Model, add_score
 from weft.nn.adapters import Place, adapter_parameters, attach, detach
-from weft.spec.adapters import IA3, AdapterSettings, LoRA
+from weft.nn.adapters.virtual import prefixed_layers
+from weft.nn.attention import Attention
+from weft.spec.adapters import IA3, AdapterSettings, LoRA, Prefix, Prompt
 from weft.weights.adapter_base import identity, written_base
 from weft.weights.adapter_config import CONFIG, peft_config, read_config, settings_of
 from weft.weights.adapter_places import choose_places, find_sites, naming_family, short_names
@@ -29,6 +31,12 @@ WEIGHTS, PICKLED, FACTS = "adapter_model.safetensors", "adapter_model.bin", "wef
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"
 _LINEAR = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?|ia3_l)")
+
+
+class Encoder(Protocol):
+    """What beginning as a text asks of a tokenizer."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -82,11 +90,23 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}. Save the adapter again, or remove this file.") from None
 
 
-def adapt(model: Model, settings: AdapterSettings, family: Family, base: str | None, seed: int = 0) -> Model:
-    """Put a fresh adapter on a model that was read as `family` from `base`, a name or a path, and let it know both."""
+def adapt(
+    model: Model, settings: AdapterSettings, family: Family, base: str | None, seed: int = 0, tokenizer: Encoder | None = None
+) -> Model:
+    """Put a fresh adapter on a model that was read as `family` from `base`, a name or a path, and let it know both.
+
+    tokenizer  reads the text that virtual tokens begin as.
+    """
+    text: Sequence[int] = ()
+    if isinstance(settings, Prompt | Prefix) and settings.text is not None:
+        if tokenizer is None:
+            raise UserError("adapter.text is given, but there is no tokenizer to read it with; give tokenizer=PATH.")
+        text = tokenizer.encode_batch([settings.text])[0]
+        if not text:
+            raise UserError("adapter.text has no tokens; give some, or leave it out.")
     named = naming_family(model.spec, family)
     found = identity(model)
-    attach(model, settings, choose_places(model, named, settings), seed)
+    attach(model, settings, choose_places(model, named, settings), seed, text)
     if model.adapters is not None:
         model.adapters.family, model.adapters.base, model.adapters.identity = named.name, base, found
     return model
@@ -227,9 +247,19 @@ def _facts(model: Model) -> dict[str, Any]:
         facts["fan_in_fan_out"] = any(isinstance(site.source, Transpose) for site in sites)
         if isinstance(shared.settings, IA3):
             facts["feedforward_modules"] = _short([place.name for place in shared.places if place.scales_input], every)
+    if isinstance(shared.settings, Prompt | Prefix):
+        first, count = prefixed_layers(model)[0] if isinstance(shared.settings, Prefix) else None, len(model.blocks)
+        heads = first.groups if first is not None else _heads(model)
+        width = heads * first.width if first is not None else model.spec.dim
+        facts |= {"num_layers": count, "num_attention_heads": heads, "token_dim": width}
     if model.score is not None:
         facts |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     return facts
+
+
+def _heads(model: Model) -> int:
+    """Of the first attention layer, for those who want to know."""
+    return next((part.heads for block in model.layers() for part in block.parts().values() if isinstance(part, Attention)), 1)
 
 
 def _short(names: Sequence[str], every: Collection[str]) -> list[str]:

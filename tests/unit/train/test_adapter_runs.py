@@ -27,6 +27,8 @@ FORMS = {
     "dora": {"type": "lora", "rank": 2, "dora": True, "targets": ["q_proj", "down_proj"]},
     "ia3": {"type": "ia3"},
     "bottleneck": {"type": "bottleneck", "size": 5},
+    "prompt": {"type": "prompt", "tokens": 4, "text": "the loom"},
+    "prefix": {"type": "prefix", "tokens": 4},
 }
 
 
@@ -93,6 +95,9 @@ def test_an_adapter_is_trained_saved_resumed_and_opened(form, place):
     assert card["model"]["trained"] == sum(tensor.numel() for tensor in first.values())
     assert not (out / "last" / "config.json").exists()
     model = load_model(out / "last", dtype=torch.float32).model
+    if form in ("prompt", "prefix"):
+        assert len(model.virtual_ids) == 4
+        return
     assert has_adapter(model)
     ids = torch.tensor([[5, 9, 30, 7]])
     with torch.no_grad():

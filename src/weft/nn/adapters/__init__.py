@@ -13,6 +13,8 @@ from weft.nn.adapters.ia3 import IA3Adapter
 from weft.nn.adapters.lora import LoRAAdapter
 from weft.nn.adapters.partial import train_partly
 from weft.nn.adapters.shared import Adapters, Place
+from weft.nn.adapters.virtual import attach_virtual
+from weft.nn.attention import Attention
 from weft.nn.linear import Linear
 from weft.nn.model import Model
 from weft.spec.adapters import IA3, AdapterSettings, BitFit, Bottleneck, Freeze, LoRA
@@ -20,11 +22,13 @@ from weft.spec.adapters import IA3, AdapterSettings, BitFit, Bottleneck, Freeze,
 __all__ = ["Adapters", "Place", "adapter_parameters", "adapters_off", "attach", "detach", "has_adapter", "merge_adapter"]
 
 
-def attach(model: Model, settings: AdapterSettings, places: Sequence[Place] = (), seed: int = 0) -> Model:
-    """Put an adapter on a model, in place: everything else is frozen. The model computes what it computed, to the bit, until it is trained.
+def attach(model: Model, settings: AdapterSettings, places: Sequence[Place] = (), seed: int = 0, text: Sequence[int] = ()) -> Model:
+    """Put an adapter on a model, in place: everything else is frozen. The model computes what it computed, to the bit, until it is trained;
+    with virtual tokens, what it computed behind the tokens that they begin as.
 
     places  the linear maps that LoRA and IA3 change (`weft.weights.adapter_places` finds them).
     seed    of what starts at random.
+    text    token ids that virtual tokens begin as, over and over; without any they are drawn from the vocabulary.
 
     Adapter parameters are float32, or float64 in a model of float64, whatever the base is kept in. Raises UserError where the model has an
     adapter already, or nothing that this one could be put on.
@@ -42,6 +46,10 @@ def attach(model: Model, settings: AdapterSettings, places: Sequence[Place] = ()
         _attach_linear(model, shared, like)
     elif isinstance(settings, Bottleneck):
         _attach_behind(model, settings, shared, like)
+    else:
+        drawn = torch.randint(model.spec.vocab, (settings.tokens,), generator=generator)
+        ids = torch.tensor([text[i % len(text)] for i in range(settings.tokens)]) if text else drawn
+        attach_virtual(model, settings, ids.to(model.device), like)
     for module in model.modules():
         draw = getattr(module, "draw", None)
         if callable(draw):
@@ -78,6 +86,10 @@ def detach(model: Model) -> Model:
             module.take_off()
     for block in model.layers():
         block.behind = None
+        for part in block.parts().values():
+            if isinstance(part, Attention):
+                part.prefix = None
+    model.virtual = None
     model.set_adapters(None)
     model.requires_grad_(True)
     return model
@@ -105,7 +117,11 @@ def adapters_off(model: Model) -> Iterator[Model]:
 
 def adapter_parameters(model: Model) -> dict[str, Tensor]:
     """The parameters of a model's adapter by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".adapter." in f".{name}" or ".behind." in name}
+    return {name: parameter for name, parameter in model.named_parameters() if _is_adapters(name)}
+
+
+def _is_adapters(name: str) -> bool:
+    return ".adapter." in name or ".behind." in name or name.startswith("virtual.")
 
 
 @torch.no_grad()
