@@ -13,6 +13,7 @@ from weft.device import pick_device, pick_dtype
 from weft.errors import UserError
 from weft.methods import Place, Setup, method_of
 from weft.nn import Model, build
+from weft.quant.load import load_quantised
 from weft.train.callbacks import Callback, TensorBoard
 from weft.train.heap import keep_freed_memory
 from weft.train.job import BatchSource, Compute, Job, Length
@@ -21,6 +22,7 @@ from weft.train.parallel import World, join_world
 from weft.train.plan import Plan, make_plan
 from weft.train.recipe import Recipe
 from weft.train.run_folder import RunFolder, check_out
+from weft.train.staged_batches import StagedBatches
 from weft.train.trainer import Trainer
 from weft.train.window import check_compiler
 from weft.weights.adapter_files import adapt
@@ -63,7 +65,11 @@ def _open_model(plan: Plan, device: torch.device, weights: torch.dtype, products
     if checkpoint is None:
         return build(plan.spec, device, weights, recipe.seed)
     frozen = checkpoint.adapter is not None or (recipe.adapter is not None and not recipe.adapter.whole)
-    model = load_weights(checkpoint, device, products if frozen and products == torch.bfloat16 else weights)
+    kept = products if frozen and products == torch.bfloat16 else weights
+    if recipe.quantize is not None:
+        model = load_quantised(checkpoint, recipe.quantize, device, kept)
+    else:
+        model = load_weights(checkpoint, device, kept)
     if recipe.adapter is not None:
         adapt(model, recipe.adapter, checkpoint.family, checkpoint.source, recipe.seed, plan.tokenizer)
     return model
@@ -99,7 +105,9 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
     if not world.leads:
         world.wait()
     method, place = method_of(recipe.objective), Place(device, weights, world, out / "data", progress, dtype)
-    batches = method.batches(plan, place)
+    batches, stages = method.batches(plan, place), plan.stages
+    if stages is not None:
+        batches = StagedBatches(stages, [method.batches(plan.of(stage), place) for stage in stages.all], batches)
     if world.leads:
         world.wait()
     if recipe.eval.patience is not None and batches.valid is None:
@@ -127,4 +135,6 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
         optims=setup.optims,
         facts=setup.facts,
         engine=setup.engine,
+        stages=stages,
+        average=recipe.average,
     )

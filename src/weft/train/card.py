@@ -62,8 +62,8 @@ def _results(card: Card) -> list[list[str]]:
     rows = []
     if card["loss"]:
         rows.append(["training loss, last steps", f"{card['loss']:.4f}"])
-    for name, value in card["valid"].items():
-        rows.append([f"held-out {name.replace('_', ' ')}", f"{value:.4f}"])
+    for what, measured in (("held-out", card["valid"]), ("mean of checkpoints, held-out", card["average"])):
+        rows += [[f"{what} {name.replace('_', ' ')}", f"{value:.4f}"] for name, value in measured.items()]
     if card["best"]:
         rows.append(["best held-out loss", f"{card['best']['loss']:.4f} at step {card['best']['step']}"])
     return rows

@@ -11,7 +11,10 @@ from weft.nn import Model
 from weft.train.objective import POLICY, Batch, Objective
 from weft.train.parallel import World
 from weft.train.run_folder import RunFolder
+from weft.train.schedule import Schedule
 from weft.train.settings import EvalSettings, LogSettings, OptimSettings, SaveSettings
+from weft.train.stage_settings import AverageSettings
+from weft.train.stages import StagedSchedule, Stages
 from weft.weights.save import SavedTokenizer
 from weft.zoo import Family
 
@@ -70,6 +73,8 @@ class Job:
     optim       of every trained role; `optims` overrides it for a role by name (a critic's).
     family      that weights are saved as, where it can hold the model; None takes the first that can.
     engine      what online objectives generate with.
+    stages      where batches, positions and the path of the learning rate change in the course of the run.
+    average     the mean of checkpoints that is made at its end.
     """
 
     models: Mapping[str, Model]
@@ -92,6 +97,12 @@ class Job:
     essentials: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     engine: Any = None
+    stages: Stages | None = None
+    average: AverageSettings | None = None
+
+    def path(self, settings: OptimSettings) -> Schedule | StagedSchedule:
+        """The path of the learning rate over the run."""
+        return settings.path() if self.stages is None else self.stages.path(settings.path())
 
     @property
     def policy(self) -> Model:

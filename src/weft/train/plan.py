@@ -1,6 +1,6 @@
 """A recipe with its files found: which model, which data, which tokenizer, and whether they go together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weft.data.load import DataSpec, parse_data
@@ -12,6 +12,7 @@ from weft.spec import GRU, LSTM, Attention, Learned, ModelSpec, model_spec, read
 from weft.spec.adapters import Prefix, Prompt
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.train.recipe import Recipe
+from weft.train.stages import Stage, Stages
 from weft.weights.hub import find_model
 from weft.weights.load import Checkpoint, open_checkpoint
 from weft.zoo import ENTRIES
@@ -42,21 +43,41 @@ class Plan:
         settings = self.recipe.adapter if stored is None else stored.settings
         return settings.tokens if isinstance(settings, Prompt | Prefix) else 0
 
+    @property
+    def stages(self) -> Stages | None:
+        recipe = self.recipe
+        return Stages(recipe.stages, recipe.steps, recipe.batch) if recipe.stages and recipe.steps is not None else None
+
+    def of(self, stage: Stage) -> "Plan":
+        """The plan of one stage, as if it were a run: its batches, its data, and the model as it is there."""
+        assert self.stages is not None
+        changes = {"batch": stage.batch, "data": stage.settings.data or self.recipe.data, "stages": None, "average": None}
+        recipe = Recipe.model_validate({**self.recipe.model_dump(), **changes})
+        return replace(self, recipe=recipe, spec=self.stages.spec(self.spec, stage.first), data=_find_data(recipe))
+
 
 def make_plan(recipe: Recipe) -> Plan:
     """Resolve model, data and tokenizer, and refuse what cannot be; raises UserError. Writes nothing and loads no weights."""
+    data = _find_data(recipe)
+    checkpoint = _open_model(recipe)
+    tokenizer = _open_tokenizer(recipe, data, checkpoint)
+    spec = checkpoint.spec if checkpoint is not None else _read_spec(recipe, tokenizer)
+    plan = Plan(recipe, spec, data, tokenizer, checkpoint)
+    _check(plan)
+    if plan.stages is not None:
+        for stage in plan.stages.all:
+            _check(plan.of(stage))
+    return plan
+
+
+def _find_data(recipe: Recipe) -> DataSpec:
     data = parse_data(recipe.data)
     for source in data.sources:
         if not Path(source.path).exists() and not is_hub_name(source.path):
             raise UserError(
                 f"there is no data at {source.path}; give a folder made by `weft data prepare`, or text, JSONL or Parquet files."
             )
-    checkpoint = _open_model(recipe)
-    tokenizer = _open_tokenizer(recipe, data, checkpoint)
-    spec = checkpoint.spec if checkpoint is not None else _read_spec(recipe, tokenizer)
-    plan = Plan(recipe, spec, data, tokenizer, checkpoint)
-    _check(plan)
-    return plan
+    return data
 
 
 def _open_model(recipe: Recipe) -> Checkpoint | None:

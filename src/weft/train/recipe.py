@@ -2,20 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from weft.errors import UserError, nearest
 from weft.files import read_text
 from weft.objectives.settings import NextTokenSettings, ObjectiveSettings
 from weft.spec.adapters import AdapterSettings
 from weft.spec.base import Spec, parse
+from weft.spec.quant import FORMATS, Quant
 from weft.train.settings import BatchSettings, EvalSettings, LogSettings, OptimSettings, SaveSettings
+from weft.train.stage_settings import AverageSettings, StageSettings
 
 # Settings that do not change what is trained: a run may be resumed under others.
 _INCIDENTAL = {"out", "save", "log", "device", "compile", "gradient_checkpointing"}
+
+
+def _format(value: Any) -> Any:
+    """`quantize: nf4` for the form that QLoRA has."""
+    return FORMATS.get(value, {"type": value}) if isinstance(value, str) else value
 
 
 class Recipe(Spec):
@@ -25,12 +32,15 @@ class Recipe(Spec):
                written out here (its `vocab` may be left to the tokenizer).
     pretrained for a name: begin from the weights that `weft pull` fetched, instead of from scratch.
     adapter    what of the model is trained where not all of it is (see `weft.spec.adapters`): a form's name, or its settings.
+    quantize   how the weights beside an adapter are stored (QLoRA): nf4, int8, int4, or a form in full (see `weft.spec.quant`).
     data       a path, a list of paths, a list of `{path, weight, name}`, or a mapping (see `weft.data.load.DataSpec`).
     out        the folder of the run.
     tokenizer  a file or folder; None takes the one beside the model, else the one that the data was prepared with.
     steps      optimiser steps, or instead
     minutes    of training: compilation, evaluation at the start and saving apart.
     seed       of initial weights, data order and dropout.
+    stages     stretches with batches, data and positions of their own (see `weft.train.stage_settings`).
+    average    the mean of checkpoints to make at the end.
     dtype      of the matrix products, by autocast; weights and optimiser stay in float32. `auto` is bfloat16 (float32 on mps).
     compile    run the model and the loss through torch.compile.
     gradient_checkpointing  recompute each block in the backward pass: less memory, a third more work.
@@ -42,6 +52,7 @@ class Recipe(Spec):
     out: str
     pretrained: bool = False
     adapter: AdapterSettings | None = None
+    quantize: Annotated[Quant | None, BeforeValidator(_format)] = None
     tokenizer: str | None = None
     steps: PositiveInt | None = None
     minutes: PositiveFloat | None = None
@@ -49,6 +60,8 @@ class Recipe(Spec):
     objective: ObjectiveSettings = NextTokenSettings()
     batch: BatchSettings = BatchSettings()
     optim: OptimSettings = OptimSettings()
+    stages: tuple[StageSettings, ...] | None = None
+    average: AverageSettings | None = None
     eval: EvalSettings = EvalSettings()
     save: SaveSettings = SaveSettings()
     log: LogSettings = LogSettings()
@@ -69,6 +82,32 @@ class Recipe(Spec):
             raise ValueError(f"batch.micro is {self.batch.micro} but batch.rows {self.batch.rows}; a micro-batch is a part of the batch.")
         if self.pretrained and isinstance(self.model, dict):
             raise ValueError("pretrained is true but model is a spec, which has no weights; give the name or folder of a model.")
+        if self.quantize is not None and (self.adapter is None or self.adapter.whole):
+            given = "there is no adapter" if self.adapter is None else f"adapter is {self.adapter.type}"
+            raise ValueError(
+                f"quantize is {self.quantize.type} but {given}, and weights in few bits cannot be trained themselves; give adapter=lora."
+            )
+        if self.average is not None and self.adapter is not None and not self.adapter.whole:
+            raise ValueError(
+                "average is given with an adapter, whose factors mean nothing when they are averaged apart; drop one of the two."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_possible(self) -> "Recipe":
+        if not self.stages:
+            return self
+        if self.steps is None:
+            raise ValueError("stages share out a number of steps, but the run has minutes; give steps instead.")
+        if self.steps < len(self.stages):
+            raise ValueError(f"steps is {self.steps} but there are {len(self.stages)} stages; give each a step at least.")
+        ends = [stage.final is not None for stage in self.stages]
+        if ends != sorted(ends):
+            raise ValueError(
+                "a stage without `final` comes after one that has it; the run's schedule cannot go on after its end: give both."
+            )
+        for stage in self.stages:
+            stage.batch.over(self.batch)
         return self
 
     def essentials(self) -> dict[str, Any]:

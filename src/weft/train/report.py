@@ -15,13 +15,15 @@ from weft.train.history import read_metrics
 from weft.train.job import Job
 from weft.train.plot import plot_loss
 from weft.train.speed import Pace, peak_memory
+from weft.train.staged_batches import StagedBatches
 from weft.zoo import family_of
 
 
 class Report:
     """Keeps what the card needs and the state does not hold.
 
-    valid       the latest held-out figures.      saved_step   of `last`, None before there is one.
+    valid       the latest held-out figures; `average` are those of the mean of checkpoints.
+    saved_step  of `last`, None before there is one.
     """
 
     def __init__(self, job: Job) -> None:
@@ -30,22 +32,30 @@ class Report:
         self.saved_step: int | None = None
         self.peak = 0.0
         self._resumed_from = 0
-        self._timed_steps, self._timed_seconds = 0, 0.0
+        self._timed_tokens, self._timed_flops, self._timed_seconds = 0, 0.0, 0.0
+        self.average: dict[str, float] = {}
         self._loss = 0.0
 
-    @property
-    def step_tokens(self) -> int:
-        """Positions of a global batch."""
-        return self.job.batches.tokens_per_batch
+    def sizes(self, steps: int) -> list[tuple[int, int, int]]:
+        """Of the first `steps` steps: (steps, positions of a global batch, of a row), an entry for every stage of a run that has any."""
+        batches = self.job.batches
+        return batches.sizes(steps) if isinstance(batches, StagedBatches) else [(steps, batches.tokens_per_batch, batches.length)]
 
-    @property
-    def step_flops(self) -> float:
-        """Of one step: three times the forward pass (one forward, two backward), for every trained model; twice where an adapter is
-        trained, as the weights have no gradients then."""
-        length, total = self.job.batches.length, 0.0
+    def tokens(self, steps: int) -> int:
+        """Positions of the first `steps` global batches."""
+        return sum(count * tokens for count, tokens, _ in self.sizes(steps))
+
+    def flops(self, steps: int) -> float:
+        """Of the first `steps` steps."""
+        return sum(count * tokens / length * self._row_flops(length) for count, tokens, length in self.sizes(steps))
+
+    def _row_flops(self, length: int) -> float:
+        """Of training on a row: three times the forward pass (one forward, two backward), for every trained model; twice where an adapter
+        is trained, as the weights have no gradients then."""
+        total = 0.0
         for model in self.job.trained.values():
             total += (3 if model.adapters is None else 2) * (model.spec.flops(length) + model.spec.mtp_flops(length))
-        return self.step_tokens / length * total
+        return total
 
     def begin(self, state: TrainState) -> None:
         """Measure the machine, and write a card that says what is going on."""
@@ -83,19 +93,20 @@ class Report:
 
     def observe(self, state: TrainState, steps: int, seconds: float, loss: float, settling: bool) -> Pace:
         """Some more steps took so many seconds; `settling` where compilation was among them, which is not counted as pace."""
-        self._loss = loss
+        self._loss, before = loss, state.step - steps
+        tokens, flops = self.tokens(state.step) - self.tokens(before), self.flops(state.step) - self.flops(before)
         if not settling:
-            self._timed_steps += steps
+            self._timed_tokens, self._timed_flops = self._timed_tokens + tokens, self._timed_flops + flops
             self._timed_seconds += seconds
-        rate = steps / max(seconds, 1e-9)
-        usual = self._timed_steps / self._timed_seconds if self._timed_seconds else rate
-        left = None if state.total is None or settling else (state.total - state.step) / usual
-        return Pace(state.step, state.total, rate * self.step_tokens, rate * self.step_flops / self.peak, left)
+        seconds = max(seconds, 1e-9)
+        usual = self._timed_flops / self._timed_seconds if self._timed_seconds else flops / seconds
+        left = None if state.total is None or settling else (self.flops(state.total) - self.flops(state.step)) / usual
+        return Pace(state.step, state.total, tokens / seconds, flops / seconds / self.peak, left)
 
     def card(self, state: TrainState, status: str) -> Card:
         """What is known at this moment."""
         job, spec = self.job, self.job.policy.spec
-        rate = self._timed_steps / self._timed_seconds if self._timed_seconds else 0.0
+        timed = max(self._timed_seconds, 1e-9)
         return {
             "status": status,
             "out": str(job.out),
@@ -112,7 +123,7 @@ class Report:
                 "steps_done": state.step,
                 "minutes": job.length.minutes,
                 "resumed_from": self._resumed_from,
-                "tokens_per_step": self.step_tokens,
+                "tokens_per_step": job.batches.tokens_per_batch,
                 "seed": job.seed,
                 "device": str(job.compute.device),
                 "threads": torch.get_num_threads(),
@@ -125,14 +136,15 @@ class Report:
             "data": job.batches.report(state.step),
             "loss": self._loss,
             "valid": self.valid,
+            "average": self.average,
             "best": None if state.best is None else {"loss": state.best, "step": state.best_step},
             "cost": {
                 "seconds": state.seconds,
-                "tokens": state.step * self.step_tokens,
+                "tokens": self.tokens(state.step),
                 "targets": int(state.targets),
-                "tokens_per_s": rate * self.step_tokens,
-                "flops": state.step * self.step_flops,
-                "mfu": rate * self.step_flops / self.peak if self.peak else 0.0,
+                "tokens_per_s": self._timed_tokens / timed,
+                "flops": self.flops(state.step),
+                "mfu": self._timed_flops / timed / self.peak if self.peak else 0.0,
                 "peak_flops_per_s": self.peak,
                 "peak_memory_bytes": peak_memory(job.compute.device),
             },

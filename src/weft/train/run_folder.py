@@ -2,6 +2,7 @@
 
 last/          the newest checkpoint: a model folder, with all that a resumed run needs
 best/          the weights with the lowest held-out loss
+average/       the mean of those in snapshots/, where a recipe asks for one
 metrics.jsonl  a line a step and a line an evaluation
 run.json       the run card; run.md the same to read; loss.png its curve
 data/          what raw text was turned into
@@ -19,7 +20,7 @@ from weft.errors import UserError
 from weft.files import atomic_write
 
 MARK = "weft-run"
-_OURS = ("last", "best", "metrics.jsonl", "run.json", "run.md", "loss.png", "tensorboard")
+_OURS = ("last", "best", "snapshots", "average", "metrics.jsonl", "run.json", "run.md", "loss.png", "tensorboard")
 _ALLOWED = {*_OURS, "data", ".lock"}
 
 
@@ -89,7 +90,7 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Put back a checkpoint that a kill left half swapped, and remove what it left half written."""
-        for name in ("last", "best"):
+        for name in ("last", "best", "average"):
             for old in self.path.glob(f".{name}.old.*"):
                 if (old / "was").is_dir() and not (self.path / name).exists():
                     os.replace(old / "was", self.path / name)
@@ -108,7 +109,9 @@ def check_out(path: Path) -> None:
     if not path.is_dir() or _is_run(path / "run.json"):
         return
     strange = sorted(
-        entry.name for entry in path.iterdir() if entry.name not in _ALLOWED - {"last", "best"} and not entry.name.startswith(".")
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in _ALLOWED - {"last", "best", "snapshots", "average"} and not entry.name.startswith(".")
     )
     if strange:
         raise UserError(f"out is {path}, which holds {strange[0]} and is not a folder of an earlier run; give a new or empty one.")

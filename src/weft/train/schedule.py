@@ -46,6 +46,6 @@ class Schedule:
             length = max(1, round(self.decay * total))
             progress = max(0.0, (step - (total - length)) / length)
         else:
-            progress = (step - warmup) / (total - warmup)
+            progress = (step - warmup) / max(1, total - warmup)
         share = 0.5 * (1 + math.cos(math.pi * progress)) if self.shape == "cosine" else 1 - progress
         return self.final + (1 - self.final) * share

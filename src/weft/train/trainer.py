@@ -11,6 +11,8 @@ from torch import Tensor
 
 from weft.errors import UserError
 from weft.machine import synchronize
+from weft.nn.rescale import take_rope
+from weft.train.averaging import Averaging
 from weft.train.budget import SETTLE, Budget, evaluate_every
 from weft.train.callbacks import Callback
 from weft.train.checkpoint import SavedRun, TrainState, save_checkpoint, save_weights
@@ -24,7 +26,9 @@ from weft.train.optim import Optimizer, clip_gradients
 from weft.train.report import Report
 from weft.train.rng import capture_rng, restore_rng, seed_rng
 from weft.train.speed import Stopwatch
+from weft.train.stages import Stage
 from weft.train.window import loss_function, open_window, run_window
+from weft.weights.load import load_model
 
 LOG_SECONDS = 1.0
 
@@ -48,7 +52,10 @@ class Trainer:
             model.gradient_checkpointing = trained and job.compute.gradient_checkpointing
         self.optimizers = {role: Optimizer(model, job.optims.get(role, job.optim)) for role, model in job.trained.items()}
         self.parameters = [parameter for optimizer in self.optimizers.values() for parameter in optimizer.parameters]
-        self.schedules = {role: optimizer.settings.path() for role, optimizer in self.optimizers.items()}
+        self.schedules = {role: job.path(optimizer.settings) for role, optimizer in self.optimizers.items()}
+        self.averaging = Averaging(job)
+        self.micro, self._unstaged = job.micro, job.policy.spec
+        self._stage: Stage | None = None
         self.compute = loss_function(job.objective, job.models, job.compute.dtype, job.compute.compiled)
         self.measure = loss_function(job.objective, job.models, job.compute.dtype)
         self.budget = None if job.length.minutes is None else Budget(job.length.minutes)
@@ -135,6 +142,7 @@ class Trainer:
     def _train(self, feed: Feed) -> bool:
         """One batch: its update, or the updates of an inner loop, and whatever is due after it; True when the run has to stop here."""
         state, started = self.state, time.perf_counter()
+        self._enter_stage()
         batch = self.job.objective.rollout(self.job.engine, feed.take(state.step))
         flags = [self.interrupt.wanted, self._is_time_to_log(), self._is_time_to_save()]
         for minibatch in self.job.objective.minibatches(batch):
@@ -147,7 +155,7 @@ class Trainer:
     def _update(self, batch: Batch, flags: Sequence[bool]) -> list[bool]:
         """One optimiser step; returns the flags that any process raised."""
         state = self.state
-        window, raised = open_window(self.job.objective, batch, self.job.micro, self.device, self.world, flags)
+        window, raised = open_window(self.job.objective, batch, self.micro, self.device, self.world, flags)
         sums = run_window(window, self.compute, self.parameters, self.world)
         row: Row = {"step": state.step + 1, "targets": next(iter(window.counts.values()))}
         norms: list[Tensor] = []
@@ -174,9 +182,40 @@ class Trainer:
             state.finished = "finished"
         if state.finished or (state.evaluate_every is not None and state.step % state.evaluate_every == 0):
             self._evaluate()
+        if self.averaging.due(state.step, state.total):
+            self._keep()
         if state.finished or fixed or save or (job.save.every is not None and state.step % job.save.every == 0 and state.total is not None):
             self._save()
         return stop or (self.world.size == 1 and self.interrupt.wanted)
+
+    def _enter_stage(self) -> None:
+        """Let batches and positions be those of the stage that the next step is in."""
+        stages = self.job.stages
+        stage = None if stages is None else stages.at(self.state.step)
+        if stages is None or stage is None or stage is self._stage:
+            return
+        self._stage, self.micro = stage, stage.batch.micro
+        spec = stages.spec(self._unstaged, self.state.step)
+        if spec != self.job.policy.spec:
+            take_rope(self.job.policy, spec)
+
+    def _keep(self) -> None:
+        """Keep these weights for the mean at the end, and make it where they are the last."""
+        self._log()
+        self.stopwatch.stop()
+        state, job = self.state, self.job
+        with self._writing():
+            self.averaging.keep(state.step)
+            folder = self.averaging.finish(state.step) if state.step == state.total else None
+        if folder is not None and job.batches.valid is not None:
+            mean = load_model(folder, self.device, next(job.policy.parameters()).dtype).model
+            batches, models = job.batches.validation(job.evaluation.batches), {**job.models, POLICY: mean}
+            compute = loss_function(job.objective, models, job.compute.dtype)
+            measured = evaluate(job.objective, models, batches, compute, job.micro, self.device, self.world, job.engine)
+            self.report.average = measured
+            if self._metrics is not None:
+                self._metrics.append([{"step": state.step, **{f"average_{name}": value for name, value in measured.items()}}])
+        self.stopwatch.start()
 
     def _fix_length(self, seconds: float) -> bool:
         """Turn a time budget into steps when enough have been timed. Until then nothing is saved but the beginning: a run that is
