@@ -18,7 +18,9 @@ def check(
     files: list[str] = typer.Argument(..., metavar="FILE...", help="Records: JSONL, JSON, CSV, TSV or Parquet, or owner/name on the hub."),
     model: str | None = typer.Option(None, "--model", "-m", help="The model (or tokenizer) to train: its chat template and its tokens."),
     objective: str | None = typer.Option(None, "--objective", help="What for: sft, dpo, reward, classify, distill, ppo, grpo, rejection."),
-    length: int | None = typer.Option(None, "--length", min=2, help="Tokens of a row, to see what is cut [default: nothing is]."),
+    length: int | None = typer.Option(
+        None, "--length", min=2, help="Tokens of a row (batch.length), to see what is cut [default: nothing is]."
+    ),
     json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Show format, lengths, what is trained on, three samples and every error of tuning records; exits with 2 where there are errors."""
@@ -73,7 +75,9 @@ def _print_lengths(found: "Findings", length: int | None) -> None:
     for bound, count in histogram:
         print(f"  to {bound:>6,} {count:>8,} {'█' * round(BAR * count / most)}")
     if length is not None:
-        print(f"texts cut at {length:,} tokens: {found.truncated:,}{f', by {found.cut_tokens:,} tokens in all' if found.truncated else ''}")
+        print(
+            f"texts cut by rows of {length:,}: {found.truncated:,}{f', by {found.cut_tokens:,} tokens in all' if found.truncated else ''}"
+        )
 
 
 def _shown(sample: "Sample") -> str:

@@ -118,12 +118,13 @@ def check_records(
 
     tokenizer  None checks what the files say, and encodes nothing.
     objective  what the records are for, as in a recipe; None takes any kind.
-    length     the most tokens of a text.
+    length     tokens of a row, a recipe's `batch.length`. Fine-tuning reads so many and foretells one more.
     """
     if objective is not None and objective not in READS:
         raise unknown("objective", objective, READS)
     found, seen = Findings(), set[int]()
-    encoder = None if tokenizer is None else RecordEncoder(tokenizer, length)
+    longest = None if length is None else length + (objective == "sft")
+    encoder = None if tokenizer is None else RecordEncoder(tokenizer, longest)
     chance, kept = random.Random(0), list[tuple[str, dict[str, Encoded]]]()
     for path in list_files(paths):
         records = FileRecords(path, () if objective is None else READS[objective])

@@ -30,13 +30,13 @@ def weft(monkeypatch, *arguments):
 
 
 def test_good_records_are_counted_and_shown(folder, monkeypatch, capsys):
-    assert weft(monkeypatch, "good.jsonl", "--model", "tok", "--objective", "sft", "--length", "50") == 0
+    assert weft(monkeypatch, "good.jsonl", "--model", "tok", "--objective", "sft", "--length", "49") == 0
     text = capsys.readouterr().out
     lengths = [RecordEncoder(chat_tokenizer()).conversation(Conversation(talk, "")).num_tokens for talk in (TALK, TALK[:2])]
     assert "good.jsonl: format messages, 3 records" in text
     assert "3 conversations" in text
     assert "records that say the same as an earlier one: 1\n" in text
-    assert f"texts cut at 50 tokens: 1, by {lengths[0] - 50} tokens in all" in text
+    assert f"texts cut by rows of 49: 1, by {lengths[0] - 50} tokens in all" in text
     assert f"shortest {lengths[1]}, " in text
     assert "assistant\n{+It is four.<|im_end|>+}\n──" in text
     assert text.count("── good.jsonl:") == 3
