@@ -18,6 +18,30 @@ _JSON = typer.Option(False, "--json", help="Print one JSON object as the last li
 
 
 @app.command()
+def adapter(
+    adapter: Path = typer.Argument(
+        ..., metavar="ADAPTER", help="Folder of a LoRA, DoRA or IA3 adapter, Weft's or PEFT's.", show_default=False
+    ),
+    base: str | None = typer.Option(None, "--base", help="The model it is for [default: the one it names]."),
+    force: bool = typer.Option(False, "--force", help="Take a base in 4 bits too, and write it out in full."),
+    output: Path = _OUTPUT,
+    dtype: str | None = typer.Option(None, "--dtype", help="f32, f16 or bf16 [default: as the base is stored]."),
+    json_output: bool = _JSON,
+) -> None:
+    """An adapter into the weights of its base, and what that changed."""
+    from weft.merge.adapter import merge_into_base
+
+    made = merge_into_base(adapter, output, base, _dtype(dtype), force)
+    say(f"{made.path}: {made.adapter} in the weights of {made.base}, as {made.dtype}.")
+    say(
+        f"Over {made.tokens} tokens of prompts: KL {made.kl:.2g} nats a token from the adapter beside its base, logits within "
+        f"{made.max_logit_change:.2g}; the adapter itself is {made.moved:.2g} from the base."
+    )
+    if json_output:
+        emit_json(made.as_dict())
+
+
+@app.command()
 def average(
     models: list[str] = typer.Argument(..., metavar="MODEL_OR_RUN...", help="Checkpoints in the order they were made, or a run's folder."),
     last: int | None = typer.Option(None, "--last", help="Take only the last K of them."),
