@@ -18,6 +18,7 @@ def check(
     files: list[str] = typer.Argument(..., metavar="FILE...", help="Records: JSONL, JSON, CSV, TSV or Parquet, or owner/name on the hub."),
     model: str | None = typer.Option(None, "--model", "-m", help="The model (or tokenizer) to train: its chat template and its tokens."),
     objective: str | None = typer.Option(None, "--objective", help="What for: sft, dpo, reward, classify, distill, ppo, grpo, rejection."),
+    chat_template: str | None = typer.Option(None, "--chat-template", help="Instead of the model's: chatml, plain, or a file of Jinja."),
     length: int | None = typer.Option(
         None, "--length", min=2, help="Tokens of a row (batch.length), to see what is cut [default: nothing is]."
     ),
@@ -31,6 +32,10 @@ def check(
         from weft.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(model)
+        if chat_template is not None:
+            from weft.tokenizer.templates import with_chat_template
+
+            tokenizer = with_chat_template(tokenizer, chat_template)
     found = check_records(files, tokenizer, objective, length)
     if json:
         emit_json(found.to_json())

@@ -183,7 +183,7 @@ class RecordEncoder:
         if self.tokenizer.chat_template is None:
             raise UserError(
                 f"{origin}: the record is made of messages, but the model's tokenizer has no chat template to write them with; take a "
-                "model that has one, give its tokenizer with `tokenizer`, or write the records as text (prompt, completion)."
+                "model that has one, name one (data.chat_template: plain), or write the records as text (prompt, completion)."
             )
         try:
             return self.tokenizer.render_chat(messages, answer, tools or None)

@@ -42,6 +42,7 @@ class DataSpec(Spec):
 
     held_out  a file of records to evaluate on, instead of a share of the others.
     drop_bad  leave records out that are wrong, instead of refusing the file.
+    chat_template  instead of the model's: chatml, plain (which any tokenizer can spell), or a file of Jinja. It is saved with the model.
     """
 
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
@@ -53,6 +54,7 @@ class DataSpec(Spec):
     valid: float | None = Field(default=None, ge=0, lt=1)
     held_out: str | None = None
     drop_bad: bool = False
+    chat_template: str | None = None
 
 
 def parse_data(value: Any) -> DataSpec:

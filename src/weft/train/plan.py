@@ -11,6 +11,7 @@ from weft.objectives.settings import NextTokenSettings
 from weft.spec import GRU, LSTM, Attention, Learned, ModelSpec, model_spec, read_model_spec
 from weft.spec.adapters import Prefix, Prompt
 from weft.tokenizer import Tokenizer, load_tokenizer
+from weft.tokenizer.templates import with_chat_template
 from weft.train.recipe import Recipe
 from weft.train.stages import Stage, Stages
 from weft.weights.hub import find_model
@@ -61,6 +62,8 @@ def make_plan(recipe: Recipe) -> Plan:
     data = _find_data(recipe)
     checkpoint = _open_model(recipe)
     tokenizer = _open_tokenizer(recipe, data, checkpoint)
+    if data.chat_template is not None and tokenizer is not None:
+        tokenizer = with_chat_template(tokenizer, data.chat_template)
     spec = checkpoint.spec if checkpoint is not None else _read_spec(recipe, tokenizer)
     plan = Plan(recipe, spec, data, tokenizer, checkpoint)
     _check(plan)

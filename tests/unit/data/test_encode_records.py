@@ -7,6 +7,7 @@ from record_cases import CHATML, TAGGED, TALK, chat_tokenizer, marked
 from weft.data.encode_records import RecordEncoder
 from weft.data.record_kinds import Completion, Conversation, Labelled, PlainText, Preference
 from weft.errors import UserError
+from weft.tokenizer.templates import with_chat_template
 
 TEMPLATES = [] if SHARED is None else sorted((SHARED / "tokenizers" / "chat-templates").glob("*.jinja"))
 SAID = [message["content"] for message in TALK if message["role"] == "assistant"]
@@ -182,6 +183,27 @@ FORGETFUL = CHATML.replace("message['content']", "message['content'].split('four
 def test_what_cannot_be_trained_on_is_one_sentence(template, messages, message):
     with pytest.raises(UserError, match=rf"a:7.*{message}"):
         RecordEncoder(chat_tokenizer(template)).conversation(Conversation(messages, "a:7"))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_plain_template_needs_no_token_but_the_end(bos):
+    tokenizer = with_chat_template(chat_tokenizer(None, bos), "plain")
+    text = RecordEncoder(tokenizer).conversation(Conversation(({"role": "system", "content": "Be brief."}, *TALK), "a:1"))
+    start = "<s>" if bos else ""
+    system, first = "### System:\nBe brief.\n\n", "### User:\nWhat is two plus two?\n\n### Assistant:\n⟦It is four.</s>⟧\n"
+    assert marked(tokenizer, text) == f"{start}{system}{first}### User:\nthe cat?\n\n### Assistant:\n⟦{SAID[1]}</s>⟧\n"
+
+
+def test_a_template_may_be_chatml_or_a_file(tmp_path):
+    (tmp_path / "own.jinja").write_text(CHATML)
+    for template in ("chatml", str(tmp_path / "own.jinja")):
+        tokenizer = with_chat_template(chat_tokenizer(TAGGED), template)
+        expected = RecordEncoder(chat_tokenizer()).conversation(Conversation(TALK, "a:1"))
+        assert RecordEncoder(tokenizer).conversation(Conversation(TALK, "a:1")) == expected
+    with pytest.raises(UserError, match=r"chatml writes <\|im_start\|>, which is no special token of this tokenizer; take plain"):
+        with_chat_template(chat_tokenizer(None), "chatml")
+    with pytest.raises(UserError, match=r"there is no chat template 'chatlm'\. Did you mean 'chatml'"):
+        with_chat_template(chat_tokenizer(None), "chatlm")
 
 
 def test_special_tokens_in_text_records_are_refused():

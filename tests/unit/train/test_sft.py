@@ -18,6 +18,7 @@ from weft.data.windows import cut
 from weft.errors import UserError
 from weft.objectives.settings import SFTSettings
 from weft.objectives.sft import SFT, document_lengths
+from weft.tokenizer import load_tokenizer
 from weft.train.assemble import run_recipe
 from weft.train.history import read_metrics
 from weft.train.objective import POLICY
@@ -197,6 +198,17 @@ def test_wrong_records_stop_the_run_or_are_left_out_with_their_reasons(folder):
     data = {"sources": [str(folder / "talks.jsonl")], "drop_bad": True}
     card = run_recipe(_recipe(folder, data=data, steps=1))
     assert card["run"]["records_dropped"] == 2
+
+
+def test_a_model_without_a_chat_template_is_given_one_and_keeps_it(folder):
+    chat_tokenizer(None).save(folder / "base")
+    arguments = {"tokenizer": str(folder / "base"), "steps": 1}
+    with pytest.raises(UserError, match=r"talks\.jsonl:1: the record is made of messages, but .* \(data.chat_template: plain\)"):
+        run_recipe(_recipe(folder, **arguments))
+    data = {"sources": [str(folder / "talks.jsonl")], "chat_template": "plain"}
+    run_recipe(_recipe(folder, data=data, **arguments))
+    saved = load_tokenizer(folder / "run" / "last")
+    assert saved.render_chat(TALK[:1]) == "### User:\nWhat is two plus two?\n\n### Assistant:\n"
 
 
 def test_a_file_of_held_out_records_is_evaluated_on(folder):
