@@ -59,9 +59,9 @@ def merge_into_base(
         raise UserError(f"{adapter} is a model and no adapter; give the folder that holds adapter_config.json.")
     if not force and (kind := _four_bits(checkpoint)):
         raise UserError(
-            f"the base {checkpoint.source} is stored in {kind}, which cannot hold the sum: rounding it again loses about as much as the adapter "
-            "has learnt, and written out in full it takes several times the room. Give the model before it was quantised with --base, keep the "
-            "adapter beside its base, or take the large model with --force."
+            f"the base {checkpoint.source} is stored in {kind}, which cannot hold the sum: rounding it again loses about as much as the "
+            "adapter has learnt, and written out in full it takes several times the room. Give the model before it was quantised with "
+            "--base, keep the adapter beside its base, or take the large model with --force."
         )
     model = load_weights(replace(checkpoint, adapter=None), dtype=torch.float32)
     model = dequantize(model) if model.spec.quant is not None else model
