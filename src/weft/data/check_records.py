@@ -123,7 +123,7 @@ def check_records(
     if objective is not None and objective not in READS:
         raise unknown("objective", objective, READS)
     found, seen = Findings(), set[int]()
-    longest = None if length is None else length + (objective == "sft")
+    longest = None if length is None else length + (objective in ("sft", "distill"))
     encoder = None if tokenizer is None else RecordEncoder(tokenizer, longest)
     chance, kept = random.Random(0), list[tuple[str, dict[str, Encoded]]]()
     for path in list_files(paths):

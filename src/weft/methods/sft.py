@@ -8,6 +8,7 @@ from typing import Any
 from weft.data.encoder import fingerprint
 from weft.data.load import DataSpec, SourceSpec, open_batches
 from weft.data.prepare_records import RecordSettings, num_dropped, prepare_records
+from weft.data.rows import ROW_FILES, ending, is_hub_name
 from weft.data.shards import is_prepared
 from weft.errors import UserError
 from weft.methods.method import Place, Setup
@@ -22,19 +23,10 @@ class SFTMethod:
     """Records are rendered once into shards with masks, so that data of any size is packed, shuffled and resumed as pretraining's is."""
 
     def check(self, plan: Plan) -> None:
-        if plan.tokenizer is None:
-            raise UserError("there is no tokenizer to read the records with; give tokenizer=PATH, or a model that has one beside it.")
-        if plan.data.packing == "stream":
-            raise UserError("data.packing is stream, which reads over the ends of records; take best_fit, pack or pad.")
+        check_packing(plan)
 
     def batches(self, plan: Plan, place: Place) -> BatchSource:
-        recipe, world = plan.recipe, place.world
-        shape: dict[str, Any] = {"length": plan.length, "batch_size": recipe.batch.rows, "seed": recipe.seed}
-
-        def make(source: SourceSpec) -> Path:
-            return _folder(plan, place, source)
-
-        return open_batches(_packed(plan.data), **shape, rank=world.rank, world=world.size, tokenizer=plan.tokenizer, make=make)
+        return record_batches(plan, place)
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
         return policy
@@ -44,6 +36,30 @@ class SFTMethod:
         assert isinstance(settings, SFTSettings)
         dropped = sum(num_dropped(_place_of(plan, place, source)) for source in plan.data.sources if not is_prepared(source.path))
         return Setup(SFT(settings, spec=plan.spec), facts={"records_dropped": dropped} if plan.data.drop_bad else {})
+
+
+def reads_records(plan: Plan) -> bool:
+    """Whether all of a plan's data are files of records, or datasets of a hub; not text, nor prepared folders."""
+    return all(is_hub_name(source.path) or ending(Path(source.path)) in ROW_FILES for source in plan.data.sources)
+
+
+def check_packing(plan: Plan) -> None:
+    """Refuse a plan without a tokenizer, and rows in which one record would see another."""
+    if plan.tokenizer is None:
+        raise UserError("there is no tokenizer to read the records with; give tokenizer=PATH, or a model that has one beside it.")
+    if plan.data.packing == "stream":
+        raise UserError("data.packing is stream, which reads over the ends of records; take best_fit, pack or pad.")
+
+
+def record_batches(plan: Plan, place: Place) -> BatchSource:
+    """Packed rows of records, each of which is prepared on first use; folders of prepared data are taken as they are."""
+    recipe, world = plan.recipe, place.world
+    shape: dict[str, Any] = {"length": plan.length, "batch_size": recipe.batch.rows, "seed": recipe.seed}
+
+    def make(source: SourceSpec) -> Path:
+        return _folder(plan, place, source)
+
+    return open_batches(_packed(plan.data), **shape, rank=world.rank, world=world.size, tokenizer=plan.tokenizer, make=make)
 
 
 def _packed(data: DataSpec) -> DataSpec:

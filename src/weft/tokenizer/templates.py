@@ -30,10 +30,8 @@ def with_chat_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
     for ChatML where the vocabulary does not have its tokens.
     """
     if template not in TEMPLATES and not Path(template).is_file():
-        raise UserError(
-            f"there is no chat template '{template}'.{nearest(template, TEMPLATES)} Give {' or '.join(TEMPLATES)}, or the path of a file of "
-            "Jinja."
-        )
+        names = " or ".join(TEMPLATES)
+        raise UserError(f"there is no chat template '{template}'.{nearest(template, TEMPLATES)} Give {names}, or a file of Jinja.")
     if template == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if tokenizer.token_id(token) not in tokenizer.special_ids]
         if missing:

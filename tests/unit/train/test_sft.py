@@ -200,6 +200,16 @@ def test_wrong_records_stop_the_run_or_are_left_out_with_their_reasons(folder):
     assert card["run"]["records_dropped"] == 2
 
 
+def test_a_teacher_reads_the_same_records(folder):
+    run_recipe(_recipe(folder, steps=1))
+    objective = {"type": "distill", "teacher": str(folder / "run" / "last")}
+    card = run_recipe(_recipe(folder, steps=2, objective=objective, out=str(folder / "student")))
+    assert card["data"][0]["documents"] == 38
+    targets = [[row["targets"] for row in read_metrics(folder / out / "metrics.jsonl") if "targets" in row] for out in ("run", "student")]
+    assert targets[0][0] == targets[1][0], "the same answers of the same rows"
+    assert targets[1][0] < 4 * 63 / 2, "negative control: the rows hold more than answers"
+
+
 def test_a_model_without_a_chat_template_is_given_one_and_keeps_it(folder):
     chat_tokenizer(None).save(folder / "base")
     arguments = {"tokenizer": str(folder / "base"), "steps": 1}
