@@ -57,5 +57,6 @@ def _closing(card: dict[str, Any]) -> str:
     if card["best"]:
         lines.append(f"best held-out loss {card['best']['loss']:.4f} at step {card['best']['step']}: {out}/best")
     lines.append(f"last weights: {out}/last   run card: {out}/run.md")
-    lines.append(f'next: weft generate {out}/{"best" if card["best"] else "last"} -p "…"')
+    if "score" not in card["model"]["spec"]:
+        lines.append(f'next: weft generate {out}/{"best" if card["best"] else "last"} -p "…"')
     return "\n".join(lines)

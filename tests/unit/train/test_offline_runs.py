@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from paths import ROOT
 from system.train_runs import MODEL, RECIPE, make_inputs
 from weft.data.record_kinds import Labelled
 from weft.errors import UserError
@@ -16,7 +17,7 @@ from weft.train.assemble import open_job, run_recipe
 from weft.train.callbacks import Callback
 from weft.train.parallel import World
 from weft.train.plan import make_plan
-from weft.train.recipe import override, recipe
+from weft.train.recipe import override, read_recipe, recipe
 from weft.weights.load import load_model
 
 PLAIN = {**MODEL, "dropout": {}}
@@ -96,14 +97,27 @@ def test_a_run_ends_with_a_model_and_goes_on_bit_for_bit(kind, place):
     assert valid[-1] < valid[0]
     if kind != "distill":
         assert {"accuracy", "valid_accuracy"} <= {name for row in rows for name in row}
-    for step in (2, 5):
-        with pytest.raises(Killed):
-            run(place, kind, f"{kind} killed", callbacks=[KillAt(step)])
+    with pytest.raises(Killed):
+        run(place, kind, f"{kind} killed", callbacks=[KillAt(5)])
     run(place, kind, f"{kind} killed")
     for name in ("last/model.safetensors", "last/optimizer/model.safetensors", "metrics.jsonl"):
         assert (place / kind / name).read_bytes() == (place / f"{kind} killed" / name).read_bytes(), name
     run(place, kind, f"{kind} other", seed=1)
     assert (place / kind / "metrics.jsonl").read_bytes() != (place / f"{kind} other" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_recipe_of_each_runs(kind, place):
+    """As its page says: `weft train recipes/NAME.yaml model=… data=… out=… steps=…`."""
+    given = {"model": place / "base" / "last", "data": place / OBJECTIVES[kind][0], "out": place / f"{kind} recipe", "steps": 1}
+    given |= {"batch.length": 24, "batch.rows": 4, "batch.micro": 2, "tokenizer": place / "tok"}
+    if kind == "distill":
+        given["objective.teacher"] = place / "teacher" / "last"
+    made = read_recipe(ROOT / "recipes" / f"{kind}.yaml", [f"{key}={value}" for key, value in given.items()])
+    assert made.objective.type == kind
+    card = run_recipe(made, False, ())
+    assert card["status"] == "finished"
+    assert "valid_loss" in logged(place / f"{kind} recipe")[-1]
 
 
 def test_what_a_classifier_says_of_itself(place):
