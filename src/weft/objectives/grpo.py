@@ -77,6 +77,8 @@ class GRPO(Online):
         }
         if settings.beta:
             away = k3(found.log_probs, batch.tables["reference"][texts.mask])
+            if settings.unbiased_kl:
+                away = away * (found.log_probs - old).exp()
             terms["kl"] = Term((away * weights).sum(), count, settings.beta)
             metrics["answer_kl"] = Term(away.detach().sum(), answers)
         return {**terms, **self.auxiliary.terms(output.aux, valid)}, metrics

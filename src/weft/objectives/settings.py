@@ -202,6 +202,7 @@ class GRPOSettings(OnlineSettings):
     loss           how tokens are averaged: `grpo` in each answer, then over answers; `dapo` over all tokens (Yu et al. 2025); `dr_grpo`
                    over answers times max_tokens.
     beta           price of the divergence from the reference, by Schulman's estimator k3; 0 needs no reference.
+    unbiased_kl    multiply k3 by the ratio, so that its gradient too is that of the divergence (DeepSeek-V3.2, section 3.1).
     clip, clip_high  the ratio stays within 1 - clip and 1 + clip_high (None: clip; DAPO has 0.28).
     """
 
@@ -211,6 +212,7 @@ class GRPOSettings(OnlineSettings):
     scale: bool = True
     loss: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
     beta: NonNegativeFloat = 0.04
+    unbiased_kl: bool = False
     clip: PositiveFloat = 0.2
     clip_high: PositiveFloat | None = None
     epochs: PositiveInt = 1

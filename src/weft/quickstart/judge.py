@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weft.rewards.python import read_function, take_body
+from weft.rewards.python import count_lines, read_function, take_body
 
 Z = 1.959964  # of a normal distribution: 95% of it lies within
 
@@ -71,6 +71,6 @@ def judge(prompts: Sequence[str], continuations: Sequence[str], ended: Sequence[
         finished += end or left
         if function is not None:
             found.append(function)
-            lines += sum(bool(line.strip()) for line in body.splitlines())
+            lines += count_lines(body)
     counts = {"acting": sum(not f.idle for f in found), "parameters": sum(f.parameters for f in found), "used": sum(f.used for f in found)}
     return ParseShare(len(found), finished, len(prompts), lines=lines, **counts)

@@ -14,11 +14,14 @@ class PythonFunction(Reward):
     else `parses`, and what is left to 1 in proportion to the parameters that the body reads (`self` and `cls` need not be).
 
     parses  what an answer has that parses and reads no parameter.
+    like    a column with a body that people wrote: an answer with fewer than half of its lines is worth less in proportion, for short
+            bodies parse more easily. None takes any length.
     A body without effect (`pass`, `...`, a string, a name or a constant returned as it is, `raise NotImplementedError`) is worth 0, and so
     is one that the model did not end: it may be a piece that parses by chance.
     """
 
     parses: float = 0.5
+    like: str | None = None
 
     def judge(self, answer: Answer) -> float:
         body, left = take_body(answer.text)
@@ -27,7 +30,8 @@ class PythonFunction(Reward):
         found = read_function(answer.prompt, body)
         if found is None or found.idle:
             return 0.0
-        return self.parses + (1 - self.parses) * found.share_used
+        least = 1.0 if self.like is None else count_lines(str(answer.fact(self.like, "python"))) / 2
+        return (self.parses + (1 - self.parses) * found.share_used) * min(1.0, count_lines(body) / max(1.0, least))
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ def take_body(text: str) -> tuple[str, bool]:
         if number and line.strip() and not line[0].isspace():
             return "".join(lines[:number]), True
     return text, False
+
+
+def count_lines(body: str) -> int:
+    """Lines with something on them."""
+    return sum(bool(line.strip()) for line in body.splitlines())
 
 
 def read_function(prompt: str, body: str) -> Function | None:
