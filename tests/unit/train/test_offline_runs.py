@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from paths import ROOT
 from system.train_runs import MODEL, RECIPE, make_inputs
+from weft.data.lessons import given_texts, is_drawn
 from weft.data.record_kinds import Labelled
 from weft.errors import UserError
 from weft.methods.classify import classes_of
@@ -229,3 +230,37 @@ def test_pairs_of_one_prompt_are_one_example_of_a_reward_model_and_several_of_dp
     assert len(preferred.examples) + len(preferred.valid) == 40
     assert {len(example.answers) for example in rewarded.examples} == {3}, "an answer that is in two pairs is read once"
     assert all(len(example.pairs) == 2 for example in rewarded.examples)
+
+
+def test_a_student_may_write_the_texts_itself(place):
+    """On policy: a share of the steps, drawn by their seeds, has the student's own answers; a killed run draws the same again."""
+    rows = [{"prompt": f"{WORDS[i % 5]} ", "completion": WORDS[i % 3] + " and more"} for i in range(30)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objective = {"type": "distill", "teacher": str(place / "teacher" / "last"), "alpha": 1.0, "on_policy": 0.5, "max_tokens": 5}
+    given = {"data": str(place / "prompts.jsonl"), "objective": {**objective, "divergence": "jsd"}, "optim": {"lr": 1e-2}}
+    given |= {"model": str(place / "base" / "last"), "batch": {"rows": 4, "micro": 3}}
+    job, own = opened(place, **given), []
+    for step in range(6):
+        batch = job.batches.batch(step)
+        texts, again = (job.objective.rollout(job.engine, batch) for _ in range(2))
+        assert torch.equal(texts.tokens, again.tokens)
+        own.append(is_drawn(batch, 0.5))
+        assert torch.equal(texts.tokens, given_texts(batch).tokens) != own[-1]
+        prompts = sorted(tuple(example.ids) for example in batch.examples)
+        assert prompts == sorted(
+            tuple(row[: int(mask.nonzero()[0]) + 1].tolist()) for row, mask in zip(texts.tokens, texts.loss_mask, strict=True)
+        )
+        assert not own[-1] or int(texts.loss_mask.sum(1).max()) <= 5
+    assert {True, False} == set(own), "some steps are the student's, some the data's"
+
+    train(place, "own", **given)
+    valid = [row["valid_loss"] for row in logged(place / "own") if "valid_loss" in row]
+    assert valid[-1] < valid[0]
+    with pytest.raises(Killed):
+        train(place, "own killed", callbacks=[KillAt(5)], **given)
+    train(place, "own killed", **given)
+    assert (place / "own" / "metrics.jsonl").read_bytes() == (place / "own killed" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"on_policy is 0\.5 and alpha 0\.3"):
+        train(place, "bad", **{**given, "objective": {**objective, "alpha": 0.3}})
+    with pytest.raises(UserError, match="on_policy needs prompts"):
+        train(place, "bad", **{**given, "data": str(place / "text.txt")})
