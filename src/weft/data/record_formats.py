@@ -183,7 +183,7 @@ def _margin(columns: Columns, origin: str) -> float:
     margin = columns.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not margin >= 0:
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
         raise UserError(f"{_at(origin, 'margin')} is {margin!r}; say by how much the chosen answer is better, 0 or more.")
     return float(margin)
 

@@ -55,9 +55,11 @@ def _missing(record: Mapping[str, Any], field: str, origin: str) -> UserError:
     names = sorted(str(name) for name in record)
     held = f"it has {', '.join(names)}" if names else "it is empty"
     guess = nearest(field, names)
+    chat = next((name for name in ("messages", "conversations", "instruction") if name in names), None)
+    tuned = f" Records with `{chat}` are for tuning, which reads them as they are: train on them with objective=sft." if chat else ""
     return UserError(
         f"{origin}: there is no field '{field}' in the record ({held}).{guess} Records need `text`, or `prompt` and `completion`, "
-        "or the field that --field names."
+        f"or the field that --field names.{tuned}"
     )
 
 

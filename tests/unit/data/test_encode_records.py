@@ -7,6 +7,7 @@ from record_cases import CHATML, TAGGED, TALK, chat_tokenizer, marked
 from weft.data.encode_records import RecordEncoder
 from weft.data.record_kinds import Completion, Conversation, Labelled, PlainText, Preference
 from weft.errors import UserError
+from weft.tokenizer import load_tokenizer
 from weft.tokenizer.templates import with_chat_template
 
 TEMPLATES = [] if SHARED is None else sorted((SHARED / "tokenizers" / "chat-templates").glob("*.jinja"))
@@ -192,6 +193,18 @@ def test_the_plain_template_needs_no_token_but_the_end(bos):
     start = "<s>" if bos else ""
     system, first = "### System:\nBe brief.\n\n", "### User:\nWhat is two plus two?\n\n### Assistant:\n⟦It is four.</s>⟧\n"
     assert marked(tokenizer, text) == f"{start}{system}{first}### User:\nthe cat?\n\n### Assistant:\n⟦{SAID[1]}</s>⟧\n"
+
+
+@pytest.mark.parametrize("name", ["models/stories260K/tok512.bin", "tokenizers/ggml-vocab-phi-3.gguf", "tokenizers/ggml-vocab-gpt-2.gguf"])
+def test_published_tokenizers_cut_a_conversation_where_they_read_it(name):
+    """SentencePiece's own rules, which tell no offsets, and byte-level tokens, which cut characters."""
+    if SHARED is None:
+        pytest.skip("needs shared/data")
+    tokenizer = with_chat_template(load_tokenizer(SHARED / name), "plain")
+    text = RecordEncoder(tokenizer).conversation(Conversation(TALK, "a:1"))
+    assert list(text.ids) == tokenizer.apply_chat(TALK, add_generation_prompt=False)
+    end = tokenizer.token(tokenizer.eos_id)
+    assert marked(tokenizer, text).split("⟦")[1:] == [f"{SAID[0]}{end}⟧\n### User:\nthe cat?\n\n### Assistant:\n", f"{SAID[1]}{end}⟧\n"]
 
 
 def test_a_template_may_be_chatml_or_a_file(tmp_path):
