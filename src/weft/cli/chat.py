@@ -33,9 +33,8 @@ def chat(
     defaults = {"max_tokens": max_tokens}
     recommended = {"temperature": TEMPERATURE} | generation_defaults(model)
     settings = sampling.params(**(defaults | recommended))
-    conversation = Conversation(
-        open_engine(model, run.device, run.dtype, rows=1, chat=True, draft=run.draft, fast=run.fast, int8_state=run.int8_state), system
-    )
+    engine = open_engine(model, run.device, run.dtype, 1, True, None, run.draft, run.fast, run.int8_state, run.one_adapter)
+    conversation = Conversation(engine, system)
     session = Session(model, conversation, settings)
     talk = _Talk(session, sys.stderr if json else sys.stdout)
     if sys.stdin.isatty():

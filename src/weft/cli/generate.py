@@ -57,9 +57,8 @@ def generate(
         grammar=form.grammar(),
     )
     texts = _read_prompts(prompts)
-    engine = open_engine(
-        model, run.device, run.dtype, rows=max(beams, min(ROWS, n * len(texts))), draft=run.draft, fast=run.fast, int8_state=run.int8_state
-    )
+    rows, adapter = max(beams, min(ROWS, n * len(texts))), run.one_adapter
+    engine = open_engine(model, run.device, run.dtype, rows, draft=run.draft, fast=run.fast, int8_state=run.int8_state, adapter=adapter)
     requests = [Request(text, params) for text in texts]
     alone = len(texts) == 1 and n == 1
     stream = alone and beams == 1 and not (output.json or output.no_stream)

@@ -86,7 +86,15 @@ class EngineOptions(RunOptions):
         ),
     ] = "none"
     fast: Annotated[bool, typer.Option("--fast", help="Read prompts faster and less exactly where weights are quantised.")] = False
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="The folder of an adapter to put on the model.")] = None
     state: Annotated[str, typer.Option("--state", help="auto, or int8: keys and values in 8 bits, in half the memory.")] = "auto"
+
+    @property
+    def one_adapter(self) -> str | None:
+        """Raises UserError where several are given to a verb that generates with one."""
+        if self.adapter is not None and len(self.adapter) > 1:
+            raise UserError(f"--adapter is given {len(self.adapter)} times; give one. `weft serve` takes several.")
+        return self.adapter[0] if self.adapter else None
 
     @property
     def int8_state(self) -> bool:

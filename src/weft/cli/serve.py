@@ -61,7 +61,8 @@ def serve(
         local_only=is_local(access.host),
     )
     state = _bytes(limits.memory)
-    options = server.Options(run.device, run.dtype, run.draft, limits.rows, state, limits.grace, given, run.fast, run.int8_state)
+    adapters = tuple(run.adapter or ())
+    options = server.Options(run.device, run.dtype, run.draft, limits.rows, state, limits.grace, given, run.fast, run.int8_state, adapters)
     app = server.open_app(models or ["smollm2-135m"], options)
     where, names = server.address(listener), list(app.workers)
 

@@ -17,6 +17,8 @@ class Task:
     """A request as the engine sees it: checked, its prompt in tokens.
 
     ends   tokens that end it.     limit  most tokens to generate.     seed  what its samples come from.
+    virtual  the model's virtual tokens, which are fed before the prompt and are no part of it.
+    adapter  the number of its adapter among several, 0 for none.
     """
 
     number: int
@@ -26,6 +28,13 @@ class Task:
     limit: int
     seed: int
     memory: Tensor | None
+    virtual: tuple[int, ...] = ()
+    adapter: int = 0
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """What the model reads before it writes."""
+        return (*self.virtual, *self.prompt)
 
 
 @dataclass(eq=False)

@@ -70,9 +70,12 @@ class Engine:
         if rows < 1 or chunk < 1 or page < 1:
             raise UserError(f"rows is {rows}, chunk {chunk} and page {page}; each must be at least 1.")
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.context = min(context or model.spec.context, model.spec.context)
+        context = min(context or model.spec.context, model.spec.context)
+        self.context = context - len(model.virtual_ids)
+        if self.context < 1:
+            raise UserError(f"the context is {context} tokens, which the model's {len(model.virtual_ids)} virtual tokens fill; allow more.")
         with torch.inference_mode():
-            self._lanes = Lanes(model, rows, chunk, self.context, memory, page, cache)
+            self._lanes = Lanes(model, rows, chunk, context, memory, page, cache)
         self._intake = Intake(model, tokenizer, self._lanes)
         self._waiting: deque[Job] = deque()
         self._siblings: dict[Continuation, list[Continuation]] = {}
@@ -153,6 +156,10 @@ class Engine:
             self._end(job)
         return results
 
+    def adapter_number(self, name: str | None) -> int:
+        """The number under which passes know an adapter of the model, 0 for the base. Raises UserError for a name that none has."""
+        return self._intake.adapter(name)
+
     def state_bytes(self, length: int) -> int:
         """Bytes of decode state of a text of `length` tokens."""
         return self._lanes.arena.state_bytes(length)
@@ -193,8 +200,8 @@ class Engine:
             width = job.task.params.beams if isinstance(job, BeamGroup) else 1
             if width > self._lanes.available:
                 return
-            ids = job.task.prompt if isinstance(job, BeamGroup) else [*job.task.prompt, *job.ids]
-            hit = self._lanes.find(ids, job.chain)
+            ids = job.task.fed if isinstance(job, BeamGroup) else [*job.task.fed, *job.ids]
+            hit = self._lanes.find(ids, job.chain, self._lanes.adapter_of(job))
             if self._lanes.active and not self._lanes.has_room(len(ids), hit):
                 return
             self._waiting.popleft()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from weft.engine.continuation import Task
 from weft.engine.lanes import Lanes
 from weft.engine.request import Request, SamplingParams, fresh_seed
-from weft.errors import UserError
+from weft.errors import UserError, nearest
 from weft.nn import Model
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Intake:
             prompt = tuple(request.prompt)
         self._check_prompt(prompt)
         self._check_params(params)
+        adapter = self.adapter(request.adapter)
         if (request.memory is not None) != self._attends_memory:
             given = "given" if request.memory is not None else "missing"
             takes = "attends to a memory" if self._attends_memory else "has no cross-attention"
@@ -39,7 +40,19 @@ class Intake:
         if tokenizer is not None and not params.ignore_eos:
             ends |= set(tokenizer.eos_ids)
         seed = fresh_seed() if params.seed is None else params.seed
-        return Task(number, prompt, params, frozenset(ends), self._limit(len(prompt), params), seed, request.memory)
+        virtual = self.model.virtual_ids
+        limit = self._limit(len(virtual) + len(prompt), params)
+        return Task(number, prompt, params, frozenset(ends), limit, seed, request.memory, virtual, adapter)
+
+    def adapter(self, name: str | None) -> int:
+        """The number of an adapter, counted from 1; 0 for the base."""
+        names = () if self.model.adapters is None else self.model.adapters.names
+        if name is None:
+            return 0
+        if name not in names:
+            known = f"the model has {', '.join(names)}" if names else "the model has none to choose among"
+            raise UserError(f"the request asks for the adapter '{name}', but {known}.{nearest(name, names)}")
+        return 1 + names.index(name)
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop and self.tokenizer is None:
@@ -54,7 +67,7 @@ class Intake:
             raise UserError(f"beams is {params.beams} and the engine has {self.lanes.limit} rows; lower beams, or raise rows or memory.")
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
-        context, vocab = self.lanes.context, self.model.spec.vocab
+        context, vocab = self.lanes.context - len(self.model.virtual_ids), self.model.spec.vocab
         if not prompt:
             raise UserError("the prompt has no tokens; give at least one.")
         if len(prompt) > context:

@@ -35,6 +35,7 @@ class Lane:
     known: int = 0
     snapshot: bytes | None = None
     live: bool = True
+    adapter: int = 0  # which of several the model has
 
     @property
     def pending(self) -> int:
@@ -75,6 +76,8 @@ class Lanes:
         self._has_rings = any(leaf.kind == "ring" for leaf in self.arena.leaves.values())
         self._listener: Listener | None = None
         self._hidden: Tensor | None = None
+        shared = getattr(model, "adapters", None)
+        self.has_adapters = shared is not None and bool(shared.names)
         self._ones: dict[int, Tensor] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
@@ -98,9 +101,13 @@ class Lanes:
     def available(self) -> int:
         return self.limit - len(self.active)
 
-    def find(self, ids: Sequence[int], chain: Chain) -> Hit:
+    def adapter_of(self, owner: Any) -> int:
+        """The number of a text's adapter, where the model has several."""
+        return owner.task.adapter if self.has_adapters else 0
+
+    def find(self, ids: Sequence[int], chain: Chain, adapter: int = 0) -> Hit:
         """What the cache has of a prompt."""
-        return self.cache.find(ids, chain)
+        return self.cache.find(ids, chain, adapter)
 
     def has_room(self, length: int, hit: Hit) -> bool:
         """Whether a prompt of `length` tokens can be read, and every row at work go on to another page, without anybody being preempted."""
@@ -116,7 +123,8 @@ class Lanes:
         self._make_rows(row + 1, hit.length)
         self.arena.attach(row, hit.pages, hit.length, hit.copy)
         self.cached_tokens += hit.length
-        lane = Lane(owner, row, list(ids), hit.length, len(ids), [] if chain is None else chain, hit.length // self.page)
+        chain, adapter = [] if chain is None else chain, self.adapter_of(owner)
+        lane = Lane(owner, row, list(ids), hit.length, len(ids), chain, hit.length // self.page, adapter=adapter)
         self.active.append(lane)
         return lane
 
@@ -180,7 +188,8 @@ class Lanes:
         for i, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
             tokens[i, :count] = torch.tensor(lane.ids[lane.fed : lane.fed + count])
         n_new = torch.tensor(counts, device=self.device)
-        logits: Tensor = self._runner(tokens.to(self.device), n_new, self.rows_of(lanes), self.columns_of(lanes, max(counts)))
+        columns = self.columns_of(lanes, max(counts))
+        logits: Tensor = self._runner(tokens.to(self.device), n_new, self.rows_of(lanes), columns, self.adapters_of(lanes))
         for lane, count in zip(lanes, counts, strict=True):
             lane.fed += count
         self._tell(lanes, counts)
@@ -194,7 +203,7 @@ class Lanes:
             fed, chosen = self.active, self._index(tuple(lane.row for lane in lanes))
         tokens = torch.tensor([[lane.ids[lane.fed] if lane.pending else 0] for lane in fed], device=self.device)
         counts = self._counts(len(lanes)) if chosen is None else torch.zeros_like(tokens[:, 0]).index_fill_(0, chosen, 1)
-        logits: Tensor = self._runner(tokens, counts, self.rows_of(fed), self.columns_of(lanes, 1))
+        logits: Tensor = self._runner(tokens, counts, self.rows_of(fed), self.columns_of(lanes, 1), self.adapters_of(fed))
         for lane in lanes:
             lane.fed += 1
         self._tell(lanes, [1] * len(lanes), chosen)
@@ -208,7 +217,8 @@ class Lanes:
         tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in fed], device=self.device)
         n_new = torch.tensor([len(ids) for ids in fed], device=self.device)
         index = torch.tensor([row * longest + place for row, ids in enumerate(fed) for place in range(len(ids))], device=self.device)
-        return self._runner.verify(tokens, n_new, index, self.rows_of(lanes), self.columns_of(lanes, longest))
+        columns = self.columns_of(lanes, longest)
+        return self._runner.verify(tokens, n_new, index, self.rows_of(lanes), columns, self.adapters_of(lanes))
 
     def commit_drafts(self, lanes: Sequence[Lane], pending: Pending, drafts: Sequence[Sequence[int]]) -> None:
         """After `feed_drafts`, and before anything else is done with the lanes: these beginnings of their drafts stand."""
@@ -239,7 +249,7 @@ class Lanes:
         for lane in lanes:
             blocks = lane.fed // self.page
             if blocks > lane.known and lane.live:
-                self.cache.extend(lane.chain, lane.ids[: lane.fed])
+                self.cache.extend(lane.chain, lane.ids[: lane.fed], lane.adapter)
                 lane.known = self.cache.keep(lane.row, lane.chain, lane.known, lane.fed)
                 if self.cache.snapshots_needed and lane.fed % self.page == 0:
                     self._snapshot(lane)
@@ -254,6 +264,10 @@ class Lanes:
         """How a pass names these lanes' rows: a number where they are the first ones in order, so that nothing is gathered."""
         rows = tuple(lane.row for lane in lanes)
         return len(rows) if rows == tuple(range(len(rows))) else self._index(rows)
+
+    def adapters_of(self, lanes: Sequence[Lane]) -> Tensor | None:
+        """Which adapter each of these lanes' rows has, as `Step.adapters`."""
+        return self._index(tuple(lane.adapter for lane in lanes)) if self.has_adapters else None
 
     def _index(self, rows: tuple[int, ...]) -> Tensor:
         if rows not in self._indices:

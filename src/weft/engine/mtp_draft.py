@@ -71,6 +71,8 @@ class MTPDrafter:
     def check(self, model: Model) -> None:
         if model is not self.model:
             raise UserError("these modules for multi-token prediction belong to another model; give the drafter the model that generates.")
+        if model.virtual_ids:
+            raise UserError("modules for multi-token prediction do not know the model's virtual tokens; draft with ngram.")
 
     def listen(self, lanes: Sequence[Lane], counts: Sequence[int], hidden: Tensor) -> None:
         """Keep the hidden states of texts that may be drafted for; where many have gathered, let the modules read them at once."""

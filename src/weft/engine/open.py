@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,12 @@ from weft.nn import Model
 from weft.spec import ModelSpec
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.tokenizer.compare import same_ids
+from weft.weights.adapter_base import find_base
+from weft.weights.adapter_files import is_adapter, put_adapters, read_adapter
 from weft.weights.hub import find_model
 from weft.weights.load import Checkpoint, load_weights, open_checkpoint
 
+Adapter = str | Path | Mapping[str, str] | None
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 DRAFT_SHARE = 4
 
@@ -76,9 +80,10 @@ def open_engine(
     draft: str = "none",
     fast: bool = False,
     int8_state: bool = False,
+    adapter: Adapter = None,
 ) -> Engine:
     """An engine for a pulled model's name, a model folder or a GGUF file: `open_model`, then `OpenModel.engine`."""
-    return open_model(source, device, dtype, chat, draft, fast, int8_state).engine(rows, memory)
+    return open_model(source, device, dtype, chat, draft, fast, int8_state, adapter).engine(rows, memory)
 
 
 def open_model(
@@ -89,8 +94,9 @@ def open_model(
     draft: str = "none",
     fast: bool = False,
     int8_state: bool = False,
+    adapter: Adapter = None,
 ) -> OpenModel:
-    """A pulled model's name, a model folder or a GGUF file, with its own tokenizer.
+    """A pulled model's name, a model folder or a GGUF file, with its own tokenizer. An adapter's folder stands for its base with it.
 
     device, dtype  as `--device` and `--dtype` take them.
     chat           refuse, before any weights are read, a model without a chat template.
@@ -98,9 +104,14 @@ def open_model(
                    of the same tokenizer, named as `source` is.
     fast           as `--fast`: a quantised model reads prompts with coarser products; what a token gets then depends on its chunk.
     int8_state     keep keys and values in 8 bits.
+    adapter        the folder of an adapter to put on the model; or several by name, of which each request chooses one, or none.
     Raises UserError where the model cannot be had or used.
     """
-    checkpoint = open_checkpoint(source)
+    several = adapter if isinstance(adapter, Mapping) else {}
+    checkpoint = open_checkpoint(source, None if isinstance(adapter, Mapping) else adapter)
+    stored = {name: read_adapter(folder) for name, folder in several.items()}
+    if stored and checkpoint.adapter is not None:
+        raise UserError(f"{source} is an adapter itself; give the model that it is for, and it beside the others.")
     tokenizer = load_tokenizer(checkpoint.path)
     if chat and tokenizer.chat_template is None:
         raise UserError(
@@ -109,6 +120,8 @@ def open_model(
         )
     depth = _mtp_depth(draft, checkpoint.spec)
     model = open_weights(checkpoint, device, dtype)
+    if stored:
+        put_adapters(model, stored, checkpoint.family)
     model.fast, model.int8_state = fast, int8_state
     drafting: Model | Literal["ngram"] | int | None = depth
     if draft == "ngram":
@@ -141,7 +154,10 @@ def open_weights(checkpoint: Checkpoint, device: str = "auto", dtype: str = "aut
 
 def generation_defaults(source: str | Path) -> dict[str, Any]:
     """Sampling settings that a model's generation_config.json recommends, by SamplingParams' names; empty where it recommends none."""
-    path = find_model(source) / "generation_config.json"
+    folder = find_model(source)
+    if is_adapter(folder):
+        folder = find_model(find_base(read_adapter(folder).base, folder))
+    path = folder / "generation_config.json"
     if not path.is_file():
         return {}
     try:

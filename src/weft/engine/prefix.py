@@ -28,10 +28,10 @@ class PrefixCache:
     """Blocks of `page` tokens under a hash of their tokens and all before them.
 
     The chain of hashes is h_i = BLAKE2b(h_{i-1}, tokens of block i), and h_{-1} that of `mode`, which says in what numbers state is kept.
-    A cache is one arena's, so one model's; whoever changes its weights clears it. A full page is put here as soon as it is full, and
-    stays the arena's: it is shared by reference, and taken back, the least recently used first, when pages run out. FIXED and RING
-    leaves cannot be shared by pages; of them there are snapshots at ends of blocks, at most `snapshot_bytes` of them, and a prefix ends
-    where there is one.
+    Of a model with several adapters the chain of a text begins with its adapter's number too. A cache is one arena's, so one model's;
+    whoever changes its weights clears it. A full page is put here as soon as it is full, and stays the arena's: it is shared by reference,
+    and taken back, the least recently used first, when pages run out. FIXED and RING leaves cannot be shared by pages; of them there are
+    snapshots at ends of blocks, at most `snapshot_bytes` of them, and a prefix ends where there is one.
 
     Nothing is cached for a model that attends to a memory: equal tokens do not mean equal state there.
     """
@@ -49,18 +49,18 @@ class PrefixCache:
         self._snapshot_limit, self.snapshot_bytes = snapshot_bytes, 0
         arena.pages.on_evict = self._evicted
 
-    def extend(self, chain: Chain, ids: Sequence[int]) -> None:
+    def extend(self, chain: Chain, ids: Sequence[int], adapter: int = 0) -> None:
         """Add to the hashes of a text's first blocks those of all its further full blocks."""
         for end in range((len(chain) + 1) * self.page, len(ids) + 1, self.page):
-            parent = chain[-1] if chain else self._root
+            parent = chain[-1] if chain else self._root + (adapter.to_bytes(4, "little") if adapter else b"")
             block = array("q", ids[end - self.page : end]).tobytes()
             chain.append(blake2b(parent + block, digest_size=DIGEST_BYTES).digest())
 
-    def find(self, ids: Sequence[int], chain: Chain) -> Hit:
+    def find(self, ids: Sequence[int], chain: Chain, adapter: int = 0) -> Hit:
         """The longest cached beginning of a text that leaves at least its last token to be computed. Extends the text's chain."""
         if not self.enabled:
             return Hit()
-        self.extend(chain, ids)
+        self.extend(chain, ids, adapter)
         pages: list[int] = []
         length, copy = 0, None
         for number in range((len(ids) - 1) // self.page):

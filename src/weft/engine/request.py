@@ -125,12 +125,14 @@ _OFF = {
 class Request:
     """A prompt, as text or as token ids, and how to continue it.
 
-    memory  entries [S, M] for a model with cross-attention: an encoder's output, an image.
+    memory   entries [S, M] for a model with cross-attention: an encoder's output, an image.
+    adapter  the name of one of the adapters that stand side by side in the model; None is the base without any.
     """
 
     prompt: str | Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     memory: Tensor | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

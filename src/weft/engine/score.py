@@ -45,21 +45,23 @@ class Score:
 def score(
     model: Model, texts: Sequence[Sequence[int]], chunk: int = 256, rows: int = 8, memories: Sequence[Tensor] | None = None
 ) -> list[Score]:
-    """Score texts given as token ids, `rows` at a time, fed in chunks through decode state as the engine feeds prompts.
+    """Score texts given as token ids, `rows` at a time, fed in chunks through decode state as the engine feeds prompts: behind the model's
+    virtual tokens, where it has some.
 
     memories  one [S, M] a text, for a model with cross-attention.
     Raises UserError for an empty text or one longer than the context, and for a model that cannot run token by token.
     """
     model.eval()
+    context, before = model.spec.context - len(model.virtual_ids), model.virtual_ids
     for number, text in enumerate(texts):
-        if not 0 < len(text) <= model.spec.context:
-            raise UserError(f"text {number} has {len(text)} tokens; give from 1 to {model.spec.context}, the model's context.")
+        if not 0 < len(text) <= context:
+            raise UserError(f"text {number} has {len(text)} tokens; give from 1 to {context}, the model's context.")
     scores: dict[int, Score] = {}
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     for at in range(0, len(order), rows):
         batch = order[at : at + rows]
         memory = None if memories is None else [memories[number] for number in batch]
-        scores |= zip(batch, _score_batch(model, [texts[number] for number in batch], chunk, memory), strict=True)
+        scores |= zip(batch, _score_batch(model, [(*before, *texts[number]) for number in batch], chunk, memory), strict=True)
     return [scores[number] for number in range(len(texts))]
 
 
@@ -90,13 +92,13 @@ def _score_batch(model: Model, texts: Sequence[Sequence[int]], chunk: int, memor
         for first in range(0, width, HEAD_TOKENS):
             last = min(first + HEAD_TOKENS, width)
             logprobs = wide(model.logits(output.hidden[:, first:last])).log_softmax(-1)
-            targets = padded[:, start + first + 1 : start + last + 1]
+            targets = padded[:, start + first + 1 : start + last + 1].clamp(max=model.spec.vocab - 1)  # nobody asks for virtual ones
             chosen = logprobs.gather(-1, targets[..., None])[..., 0]
             top = logprobs.max(-1)
             for part, values in zip(parts, (chosen, top.values - chosen, top.indices), strict=True):
                 part.append(values)
-    columns = [torch.cat(part, 1).tolist() for part in parts]
+    columns, first = [torch.cat(part, 1).tolist() for part in parts], len(model.virtual_ids)
     return [
-        Score(*(tuple(column[row][: len(text) - 1]) for column in columns))  # the last place predicts what was not given
+        Score(*(tuple(column[row][first : len(text) - 1]) for column in columns))  # the last place predicts what was not given
         for row, text in enumerate(texts)
     ]

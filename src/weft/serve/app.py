@@ -43,12 +43,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 class App:
     """The server's ASGI application, and what the process around it needs to know.
 
-    workers  models by the names under which they are served.
+    workers  models by the names under which they are served; an adapter's name has the worker of its base.
     """
 
     def __init__(self, workers: dict[str, Worker], limits: Limits, metrics: Metrics) -> None:
         self.workers, self.metrics = workers, metrics
-        metrics.workers.extend(workers.values())
+        self.distinct = list(dict.fromkeys(workers.values()))
+        metrics.workers.extend(self.distinct)
         inner = FastAPI(title="Weft", version=__version__, docs_url=None, redoc_url=None, lifespan=self._lifespan)
         self._route(inner, Endpoints(workers, limits))
         _answer_errors(inner)
@@ -62,10 +63,10 @@ class App:
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        for worker in self.workers.values():
+        for worker in self.distinct:
             worker.start(loop)
         yield
-        for worker in self.workers.values():
+        for worker in self.distinct:
             await asyncio.to_thread(worker.stop)
 
     def _route(self, inner: FastAPI, endpoints: Endpoints) -> None:

@@ -32,7 +32,7 @@ class Endpoints:
         self.workers, self.limits = workers, limits
 
     def worker(self, name: str | None) -> Worker:
-        if name is None and len(self.workers) == 1:
+        if name is None and len(set(self.workers.values())) == 1:
             return next(iter(self.workers.values()))
         if name is None:
             raise ApiError(400, f"the request names no model; this server has {', '.join(self.workers)}.", param="model")
@@ -57,12 +57,12 @@ class Endpoints:
             with worker.place(count):
                 prepared = await run_in_threadpool(prepare.chat, worker, body)
                 choices = await self._collect(worker, [prepared])
-            return Json(answers.chat_answer(Frame(worker.name, worker.tokenizer), choices, logprobs))
+            return Json(answers.chat_answer(Frame(body.model, worker.tokenizer), choices, logprobs))
 
         return await self._within_limits(http, answer())
 
     async def _stream_chat(self, worker: Worker, body: schema.ChatRequest, count: int, logprobs: bool) -> Chunks:
-        frame = Frame(worker.name, worker.tokenizer)
+        frame = Frame(body.model, worker.tokenizer)
         with worker.place(count):
             prepared = await run_in_threadpool(prepare.chat, worker, body)
             choices = _choices(worker, [prepared])
@@ -90,12 +90,12 @@ class Endpoints:
             with worker.place(count):
                 prepared = await run_in_threadpool(prepare.completions, worker, body)
                 choices = await self._collect(worker, prepared)
-            return Json(answers.completion_answer(Frame(worker.name, worker.tokenizer), choices, body.logprobs))
+            return Json(answers.completion_answer(Frame(body.model, worker.tokenizer), choices, body.logprobs))
 
         return await self._within_limits(http, answer())
 
     async def _stream_completions(self, worker: Worker, body: schema.CompletionRequest, count: int) -> Chunks:
-        frame = Frame(worker.name, worker.tokenizer)
+        frame = Frame(body.model, worker.tokenizer)
         with worker.place(count):
             prepared = await run_in_threadpool(prepare.completions, worker, body)
             choices = _choices(worker, prepared)
@@ -150,35 +150,39 @@ class Endpoints:
                 prompts = await run_in_threadpool(prepare.prompt_ids, worker, body.input, "input")
                 for ids in prompts:
                     prepare.check_length(worker, ids, "input", room=0)
-                vectors = [await worker.run(embeddings.embed(worker.engine.model, ids)) for ids in prompts]
+                adapter = worker.engine.adapter_number(worker.adapter_of(body.model))
+                vectors = [await worker.run(embeddings.embed(worker.engine.model, ids, adapter)) for ids in prompts]
             data = [
                 {"object": "embedding", "index": i, "embedding": vector if body.encoding_format != "base64" else embeddings.encoded(vector)}
                 for i, vector in enumerate(vectors)
             ]
             count = sum(map(len, prompts))
-            return Json({"object": "list", "data": data, "model": worker.name, "usage": {"prompt_tokens": count, "total_tokens": count}})
+            return Json({"object": "list", "data": data, "model": body.model, "usage": {"prompt_tokens": count, "total_tokens": count}})
 
         return await self._within_limits(http, answer())
 
     # Models and tokens.
 
-    def model(self, worker: Worker) -> dict[str, Any]:
+    def model(self, name: str) -> dict[str, Any]:
+        worker = self.worker(name)
+        base = {"parent": worker.name} if worker.adapter_of(name) else {}
         return {
-            "id": worker.name,
+            "id": name,
             "object": "model",
             "created": worker.created,
             "owned_by": "weft",
             "context_length": worker.engine.context,
             "chat": worker.tokenizer.chat_template is not None,
+            **base,
         }
 
     async def models(self) -> Any:
         """The models that are served, with their context lengths, and whether they have a chat template."""
-        return Json({"object": "list", "data": [self.model(worker) for worker in self.workers.values()]})
+        return Json({"object": "list", "data": [self.model(name) for name in self.workers]})
 
     async def one_model(self, name: str) -> Any:
         """One model that is served."""
-        return Json(self.model(self.worker(name)))
+        return Json(self.model(name))
 
     async def tokenize(self, body: schema.TokenizeRequest) -> Any:
         """The tokens of a text, or of a conversation as the model would read it."""

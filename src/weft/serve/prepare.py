@@ -41,7 +41,8 @@ def chat(worker: Worker, body: schema.ChatRequest) -> Prepared:
         grammar=_grammar(worker, body, offered, required, most),
     )
     prompt = render(worker.tokenizer, body.messages, offered)
-    return Prepared(Request(check_length(worker, prompt, "messages"), params), calls=bool(offered))
+    request = Request(check_length(worker, prompt, "messages"), params, adapter=worker.adapter_of(body.model))
+    return Prepared(request, calls=bool(offered))
 
 
 def completions(worker: Worker, body: schema.CompletionRequest) -> list[Prepared]:
@@ -54,7 +55,8 @@ def completions(worker: Worker, body: schema.CompletionRequest) -> list[Prepared
         grammar=None,
     )
     prompts = prompt_ids(worker, body.prompt, "prompt")
-    return [Prepared(Request(check_length(worker, ids, "prompt"), params)) for ids in prompts]
+    adapter = worker.adapter_of(body.model)
+    return [Prepared(Request(check_length(worker, ids, "prompt"), params, adapter=adapter)) for ids in prompts]
 
 
 def _params(body: schema.Sampling, *, max_tokens: int | None, logprobs: bool, top_logprobs: int, grammar: Grammar | None) -> SamplingParams:

@@ -33,6 +33,7 @@ class Options:
 
     rows     texts that a model generates at a time.
     memory   bytes for decode state, shared out equally among the models; None lets each take a share of what the machine has left.
+    adapters folders of LoRA adapters of the one model, each NAME=DIR or with its folder's name; a request's `model` names one.
     grace_s  time for running answers to end after SIGTERM or SIGINT; a second signal ends them at once.
     """
 
@@ -45,6 +46,7 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     fast: bool = False
     int8_state: bool = False
+    adapters: tuple[str, ...] = ()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -69,12 +71,29 @@ def served_names(models: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def _adapter_names(given: Sequence[str]) -> dict[str, str]:
+    """Names of adapters -> their folders: NAME=DIR, or the folder's own name."""
+    names: dict[str, str] = {}
+    for each in given:
+        match = None if Path(each).exists() else MODEL_NAME.fullmatch(each)
+        name, folder = match.groups() if match else (Path(each).resolve().name, each)
+        if name in names:
+            raise UserError(f"two adapters would be served as '{name}'; give one another name: NAME={folder}.")
+        names[name] = folder
+    return names
+
+
 def open_app(models: Sequence[str], options: Options) -> App:
     """Load the models. Raises UserError where one cannot be had."""
     metrics, workers = Metrics(), {}
+    names, adapters = served_names(models), _adapter_names(options.adapters)
+    if adapters and len(names) > 1:
+        raise UserError(f"--adapter is given and {len(names)} models are served; adapters belong to one model: serve it alone.")
+    if clash := set(names) & set(adapters):
+        raise UserError(f"a model and an adapter would both be served as '{min(clash)}'; give one another name: NAME=DIR.")
     opened = {
-        name: open_model(source, options.device, options.dtype, False, options.draft, options.fast, options.int8_state)
-        for name, source in served_names(models).items()
+        name: open_model(source, options.device, options.dtype, False, options.draft, options.fast, options.int8_state, adapters or None)
+        for name, source in names.items()
     }
     memory = options.memory
     if memory is None and len(opened) > 1:  # shared out when all weights are there
@@ -82,6 +101,7 @@ def open_app(models: Sequence[str], options: Options) -> App:
     share = None if memory is None else memory // len(opened)
     for name, model in opened.items():
         workers[name] = Worker(name, model.engine(options.rows, share), options.rows, options.limits.queue, metrics.of(name))
+        workers |= dict.fromkeys(adapters, workers[name])
     return App(workers, options.limits, metrics)
 
 
@@ -140,7 +160,7 @@ async def _drain(app: App, grace_s: float, hurry: asyncio.Event) -> bool:
         await asyncio.sleep(0.02)
     finished = app.gate.active == 0
     if not finished:
-        for worker in app.workers.values():
+        for worker in app.distinct:
             worker.cancel_all()
         end = loop.time() + 2
         while app.gate.active and loop.time() < end:

@@ -49,6 +49,8 @@ class Worker:
     def __init__(self, name: str, engine: Engine, rows: int, queue_limit: int, metrics: ModelMetrics) -> None:
         assert engine.tokenizer is not None
         self.name, self.engine, self.tokenizer, self.metrics = name, engine, engine.tokenizer, metrics
+        shared = engine.model.adapters
+        self.adapters = shared.names if shared is not None else ()  # names under which its model is served with one of them
         self.created = int(time.time())
         self.open = 0  # sequences that were let in and are not finished
         self.rows, self.limit = rows, rows + queue_limit
@@ -61,6 +63,10 @@ class Worker:
         self._mean_s = 1.0
         self._looked = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a request for the model of this name asks for; None for the base."""
+        return name if name in self.adapters else None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

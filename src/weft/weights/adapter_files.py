@@ -5,7 +5,7 @@ weft_adapter.json   the fingerprint of the base (`weft.weights.adapter_base`), w
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,12 @@ import torch
 from weft.errors import UserError
 from weft.files import atomic_write, read_text
 from weft.nn import Model, add_score
-from weft.nn.adapters import Place, adapter_parameters, attach, detach
+from weft.nn.adapters import Adapters, Place, adapter_parameters, attach, detach
+from weft.nn.adapters.lora import LoRAAdapter
+from weft.nn.adapters.several import put_several
 from weft.nn.adapters.virtual import prefixed_layers
 from weft.nn.attention import Attention
+from weft.nn.linear import Linear
 from weft.spec.adapters import IA3, AdapterSettings, LoRA, Prefix, Prompt
 from weft.weights.adapter_base import identity, written_base
 from weft.weights.adapter_config import CONFIG, peft_config, read_config, settings_of
@@ -135,6 +138,31 @@ def put_adapter(model: Model, stored: StoredAdapter, family: Family, base: str |
         detach(model)
         raise
     return model
+
+
+def put_adapters(model: Model, stored: Mapping[str, StoredAdapter], family: Family) -> Model:
+    """Put several LoRA adapters by name beside one base, of which every row of a pass has its own (`Step.adapters`), or none.
+
+    Raises UserError where one is of another form, or for another model.
+    """
+    factors: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, each in stored.items():
+        settings = each.settings
+        if not isinstance(settings, LoRA) or settings.dora or SCORE in each.files.names:
+            form = "dora" if isinstance(settings, LoRA) and settings.dora else settings.type
+            kind = "a classifier's" if SCORE in each.files.names else f"of the form {form}"
+            raise UserError(f"{each.path} is {kind}; adapters side by side must be plain lora. Serve it as a model of its own.")
+        put_adapter(model, each, family)
+        linears = [(key, module) for key, module in model.named_modules() if isinstance(module, Linear)]
+        factors[name] = {key: linear.adapter.fused(model.dtype) for key, linear in linears if isinstance(linear.adapter, LoRAAdapter)}
+        if any(".cross." in f".{key}." for key in factors[name]):
+            raise UserError(f"{each.path} changes cross-attention, whose memory is read once for all rows; serve it as a model of its own.")
+        detach(model)
+    shared = Adapters(next(iter(stored.values())).settings)
+    with torch.no_grad():
+        put_several(model, shared, factors, model.dtype)
+    model.set_adapters(shared)
+    return model.requires_grad_(False)
 
 
 def _places(model: Model, stored: StoredAdapter, family: Family) -> tuple[Place, ...]:

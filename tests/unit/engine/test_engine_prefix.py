@@ -127,7 +127,7 @@ def test_a_cache_that_mixes_up_its_blocks_is_noticed(monkeypatch):
     first, second = random_ids(20, 1, 97), random_ids(20, 2, 97)
     engine.generate([Request(first, GREEDY)])
     right = make(model).generate([Request(second, GREEDY)])
-    monkeypatch.setattr(PrefixCache, "find", lambda cache, ids, chain, find=PrefixCache.find: find(cache, first, []))
+    monkeypatch.setattr(PrefixCache, "find", lambda cache, ids, chain, adapter, find=PrefixCache.find: find(cache, first, []))
     assert drift(engine.generate([Request(second, GREEDY)]), right) > 1000 * TOLERANCE
 
 

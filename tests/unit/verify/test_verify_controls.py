@@ -98,7 +98,7 @@ def test_a_recurrent_state_that_is_forgotten(hybrid: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("ignored", ["the last token of a block", "the blocks before"])
 def test_a_cache_that_takes_one_text_for_another(ignored: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def extend(self: PrefixCache, chain: list[bytes], ids: Any) -> None:
+    def extend(self: PrefixCache, chain: list[bytes], ids: Any, adapter: int = 0) -> None:
         for end in range((len(chain) + 1) * self.page, len(ids) + 1, self.page):
             block = list(ids[end - self.page : end])
             known = [chain[-1:], block[:-1]] if ignored == "the last token of a block" else [end, block]
