@@ -180,6 +180,15 @@ def test_dpo_begins_at_log_two_where_the_reference_is_the_policy():
     assert abs(float(other["dpo"].sum.detach()) / 8 - math.log(2)) > 1e-4
 
 
+def test_an_answer_is_as_likely_whether_its_prompt_goes_through_the_head_or_not(monkeypatch):
+    """What a compiled step does, against what is done otherwise."""
+    case = dpo()
+    scored = stepped(case, 2)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    for key, expected in stepped(case, 2).items():
+        torch.testing.assert_close(scored[key], expected, rtol=1e-10, atol=1e-10)
+
+
 def test_distillation_from_itself_has_the_data_s_loss_alone():
     model = train_cases.model_of()
     objective = Distill(DistillSettings(teacher="itself", alpha=0.5))
