@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ class Online:
     """The part of an online objective that does not depend on what is minimised.
 
     `answers` writes and judges; `measure` does the same for held-out prompts and makes their mean reward the loss, with its sign turned.
-    Metrics over answers: `reward`, of each judge and of the reward model by name where there are several; `finished`, the share that the
-    policy ended; `length` in tokens.
+    Metrics over answers: `reward`, and where there are several judges `reward_` with the name of each (`reward_model` for the reward
+    model); `finished`, the share that the policy ended; `length` in tokens.
     """
 
     def __init__(self, settings: OnlineSettings, spec: ModelSpec | None = None) -> None:
@@ -60,13 +61,13 @@ class Online:
         parts = {name: torch.tensor([numbers[name] for numbers in judged]) for name in self.judge.parts}
         reward = torch.tensor([self.judge.total(numbers) for numbers in judged])
         if self.online.reward is not None:
-            parts[REWARD + "_model"] = self._scores(engine, rows)
-            reward = reward + parts[REWARD + "_model"]
+            parts["model"] = self._scores(engine, rows)
+            reward = reward + parts["model"]
         if self.online.unfinished == "penalise":
             reward = reward - self.online.penalty * (1 - finished)
         if self.online.unfinished == "mask":
             rows = replace(rows, texts=replace(rows.texts, mask=rows.texts.mask & finished.bool()[:, None]))
-        named = {f"judged_{name}": value for name, value in parts.items()} if len(parts) > 1 else {}
+        named = {f"reward_{Path(name).name}": value for name, value in parts.items()} if len(parts) > 1 else {}
         return replace(rows, columns={"reward": reward, "finished": finished, "length": length, **named})
 
     def _check_ends(self, engine: Rollouts, batch: PromptBatch, written: Sequence[Sequence[Sampled]]) -> None:
@@ -127,8 +128,8 @@ class Online:
 
 def row_metrics(rows: AnswerBatch, names: Sequence[str] = ()) -> Terms:
     """The columns that are worth showing, as means over answers; `names` adds further ones."""
-    shown = [name for name in rows.columns if name in ("reward", "finished", "length", *names) or name.startswith("judged_")]
-    return {name.removeprefix("judged_"): Term(rows.columns[name].sum(), float(rows.num_rows)) for name in shown}
+    shown = [name for name in rows.columns if name in ("reward", "finished", "length", *names) or name.startswith("reward_")]
+    return {name: Term(rows.columns[name].sum(), float(rows.num_rows)) for name in shown}
 
 
 def answer_log_probs(model: Model, output: Output, texts: TextRows, temperature: float = 1.0, entropy: bool = False) -> LogProbs:

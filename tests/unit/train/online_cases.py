@@ -58,7 +58,7 @@ def write_run(folder: Path, **objective: Any) -> dict[str, Any]:
         "data": {"sources": [str(folder / "prompts.jsonl")], "valid": 0.2},
         "tokenizer": str(folder / "tok"),
         "out": str(folder / "run"),
-        "steps": 4,
+        "steps": 3,
         "objective": {"rewards": judge_of(folder), "max_tokens": 6, "unfinished": "keep", **objective},
         "batch": {"rows": 4, "length": 24},
         "optim": {"lr": 1e-2, "warmup": 1},

@@ -184,9 +184,9 @@ def test_a_reward_model_reads_the_last_token_of_the_whole_text(tokenizer, tmp_pa
     with torch.no_grad():
         for row, _, ids in rows_of(batch):
             score = scorer.score(scorer(ids[None]).hidden)[0, -1, 0]
-            torch.testing.assert_close(batch.columns["judged_reward_model"][row].double(), score, rtol=0, atol=1e-5)
+            torch.testing.assert_close(batch.columns["reward_model"][row].double(), score, rtol=0, atol=1e-5)
     penalty = 1 - batch.columns["finished"]
-    parts = batch.columns["judged_reward_model"] + 2 * batch.columns["judged_length"] - penalty
+    parts = batch.columns["reward_model"] + 2 * batch.columns["reward_length"] - penalty
     torch.testing.assert_close(batch.columns["reward"], parts)
     assert objective.roles["reward"].trained is False
     assert replaced.reward == "judge"
