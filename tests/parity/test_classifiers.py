@@ -15,6 +15,7 @@ from weft.nn import Model, add_score, build
 from weft.spec import ModelSpec
 from weft.weights.load import load_model
 from weft.weights.save import save_model
+from weft.zoo import llama_gguf
 from weft.zoo.family import canonical
 
 TOLERANCE = 3e-5
@@ -150,6 +151,12 @@ def test_what_no_family_holds_is_saved_as_our_own(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "weft"
     again, texts = load_model(tmp_path / "ours"), rows()
     assert torch.equal(ours(again.model, *texts), ours(model, *texts))
+
+
+def test_gguf_has_no_place_for_a_score_head(tmp_path: Path) -> None:
+    classifier("Llama", 2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no place for its score head; export it with --to hf"):
+        llama_gguf.to_gguf(load_model(tmp_path).spec)
 
 
 def test_a_score_head_is_drawn_by_its_seed_and_counted() -> None:

@@ -170,6 +170,8 @@ def llama3_factors(scaling: Llama3Scaling, base: float, width: int) -> list[floa
 
 def to_gguf(spec: ModelSpec) -> dict[str, Any]:
     """The architecture's metadata for a spec; raises UserError where GGUF's llama would compute something else."""
+    if spec.score is not None:
+        raise UserError("the model is a classifier or a reward model, and GGUF has no place for its score head; export it with --to hf.")
     try:
         mixer, channel = first_parts(spec, "pre", Attention, Gated)
         if mixer.rope is None or len(set(spec.blocks())) > 1:
