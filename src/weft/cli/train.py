@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from weft.cli.console import emit_json, progress, say
+
+if TYPE_CHECKING:
+    from weft.train.recipe import Recipe
 
 
 def train(
@@ -16,10 +19,21 @@ def train(
     json: bool = typer.Option(False, "--json", help="Print the run card as the last line."),
 ) -> None:
     """Train a model from a recipe. The same command goes on where an interrupted run stopped."""
+    from weft.train.chain import read_chain
     from weft.train.recipe import read_recipe
 
-    read = read_recipe(recipe, overrides or [])
+    chain = read_chain(recipe, overrides or [])
+    if chain is None:
+        _run(read_recipe(recipe, overrides or []), restart, json)
+        return
+    for number, (name, read) in enumerate(chain.recipes(), 1):
+        if os.environ.get("RANK", "0") == "0":
+            say(f"{number}/{len(chain.runs)} {name}")
+        _run(read, restart, json)
 
+
+def _run(read: "Recipe", restart: bool, json: bool) -> None:
+    """One run, from its beginning or from where it stopped, to its end; raises Exit where it was interrupted."""
     from weft.train.assemble import run_recipe
     from weft.train.callbacks import ProgressLine
 

@@ -8,5 +8,7 @@ budget       a number of steps, or minutes that become one
 checkpoint   everything a run is, on disk: exact resume after a kill at any moment
 trainer      the loop
 recipe       a run as data: YAML with overrides
+chain        several runs one after the other from one file
+rollout      answers of the live policy, for online objectives
 assemble     a recipe into a trainer
 """
