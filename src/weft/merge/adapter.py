@@ -1,7 +1,7 @@
 """An adapter made part of the model it was trained upon, with what that changed measured."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def merge_into_base(
             "adapter has learnt, and written out in full it takes several times the room. Give the model before it was quantised with "
             "--base, keep the adapter beside its base, or take the large model with --force."
         )
-    model = load_weights(replace(checkpoint, adapter=None), dtype=torch.float32)
+    model = load_weights(checkpoint.base, dtype=torch.float32)
     model = dequantize(model) if model.spec.quant is not None else model
     tokenizer = tokenizer_of(checkpoint.path)
     texts = [torch.tensor([prompt.ids]) for prompt in built_in(tokenizer, model.spec, 0, min(PROBED, model.spec.context))]

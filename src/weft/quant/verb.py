@@ -49,6 +49,8 @@ def quantize_folder(source: Path, quant: Quant, out: Path, method: Method, text:
     """
     check_replaceable(out)
     checkpoint = open_checkpoint(source)
+    if checkpoint.adapter is not None:
+        raise UserError(f"{source} is an adapter and no model; work it into its base first: weft merge adapter {source} -o OUT")
     if checkpoint.spec.quant is not None:
         raise UserError(f"{source} is quantised to {checkpoint.spec.quant.type} already; give the model it was made from.")
     tokenizer = load_tokenizer(checkpoint.path)

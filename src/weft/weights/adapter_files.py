@@ -57,6 +57,16 @@ class StoredAdapter:
     files: TensorFiles
 
     @property
+    def outputs(self) -> int | None:
+        """Of the score head that was trained with it, None where there is none."""
+        return self.files.shape(SCORE)[0] if SCORE in self.files else None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of those outputs, or none."""
+        return tuple(self.facts.get("labels", ()))
+
+    @property
     def has_tokenizer(self) -> bool:
         return (self.path / "tokenizer.json").is_file()
 
@@ -131,8 +141,8 @@ def put_adapter(model: Model, stored: StoredAdapter, family: Family, base: str |
     assert model.adapters is not None
     model.adapters.family, model.adapters.base, model.adapters.identity = named.name, base or stored.base, found
     try:
-        if SCORE in stored.files.names:
-            add_score(model, stored.files.shape(SCORE)[0], 0, stored.facts.get("labels", ()))
+        if stored.outputs is not None:
+            add_score(model, stored.outputs, 0, stored.labels)
         fill_adapter(model, stored)
     except BaseException:
         detach(model)
@@ -148,9 +158,9 @@ def put_adapters(model: Model, stored: Mapping[str, StoredAdapter], family: Fami
     factors: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, each in stored.items():
         settings = each.settings
-        if not isinstance(settings, LoRA) or settings.dora or SCORE in each.files.names:
+        if not isinstance(settings, LoRA) or settings.dora or each.outputs is not None:
             form = "dora" if isinstance(settings, LoRA) and settings.dora else settings.type
-            kind = "a classifier's" if SCORE in each.files.names else f"of the form {form}"
+            kind = "a classifier's" if each.outputs is not None else f"of the form {form}"
             raise UserError(f"{each.path} is {kind}; adapters side by side must be plain lora. Serve it as a model of its own.")
         put_adapter(model, each, family)
         linears = [(key, module) for key, module in model.named_modules() if isinstance(module, Linear)]

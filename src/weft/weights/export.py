@@ -74,6 +74,8 @@ def export(
     if to not in ("hf", "gguf"):
         raise unknown("format", str(to), ("hf", "gguf"))
     checkpoint = open_checkpoint(source)
+    if checkpoint.adapter is not None:
+        raise UserError(f"{source} is an adapter and no model; work it into its base first: weft merge adapter {source} -o OUT")
     if checkpoint.spec.quant is not None:
         raise UserError(f"{source} is quantised to {checkpoint.spec.quant.type} in Weft's own format; export the model it was made from.")
     kind = _kind(checkpoint, to, dtype)

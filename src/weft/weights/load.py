@@ -35,7 +35,8 @@ class Checkpoint:
     path      the folder or the GGUF file; its tokenizer, where it has one, is found there.
     family    how its weights are named.     config  config.json, or a GGUF file's metadata.
     source    the name or path it was opened by.
-    adapter   what is put on its weights, where an adapter was opened; `path` is then the adapter's folder if a tokenizer lies there.
+    adapter   what is put on its weights, where an adapter was opened; `path` is then the adapter's folder if a tokenizer lies there, and
+              `spec` has the adapter's score head, which `base_spec` has not.
     """
 
     path: Path
@@ -45,6 +46,12 @@ class Checkpoint:
     files: TensorSource
     source: str = ""
     adapter: StoredAdapter | None = None
+    base_spec: ModelSpec | None = None
+
+    @property
+    def base(self) -> "Checkpoint":
+        """The same without its adapter."""
+        return self if self.base_spec is None else replace(self, adapter=None, spec=self.base_spec, base_spec=None)
 
     @property
     def is_gguf(self) -> bool:
@@ -136,7 +143,10 @@ def open_checkpoint(source: str | Path, adapter: str | Path | None = None) -> Ch
         return open_checkpoint(find_base(stored.base, path), path)
     if adapter is not None:
         stored, base = read_adapter(adapter), open_checkpoint(source)
-        return replace(base, adapter=stored, path=stored.path if stored.has_tokenizer else base.path)
+        spec = base.spec
+        if stored.outputs is not None:
+            spec = ModelSpec.model_validate({**spec.model_dump(), "score": stored.outputs, "labels": stored.labels})
+        return replace(base, adapter=stored, path=stored.path if stored.has_tokenizer else base.path, spec=spec, base_spec=base.spec)
     return replace(_open(path), source=str(source))
 
 
@@ -158,7 +168,7 @@ def load_weights(
     packed  keep a GGUF file's quantised matrices as they are where `checkpoint.quant` says how; `dtype` is then that of the rest.
             Otherwise they are dequantised. A folder that Weft quantised is always kept as it is.
     """
-    model = _load_base(checkpoint, device, dtype, packed)
+    model = _load_base(checkpoint.base, device, dtype, packed)
     if checkpoint.adapter is not None:
         put_adapter(model, checkpoint.adapter, checkpoint.family, checkpoint.source)
     return model.eval()

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from weft.errors import UserError
+from weft.nn import add_score
 from weft.nn.adapters import adapter_parameters, adapters_off
 from weft.spec.adapters import IA3, LoRA, Prefix, Prompt
 from weft.weights.adapter_files import adapt, put_adapter, read_adapter
-from weft.weights.load import load_model, open_checkpoint
+from weft.weights.export import export
+from weft.weights.load import load_model, load_weights, open_checkpoint
 from weft.weights.save import save_model
 from weft.zoo import FAMILIES
 
@@ -194,3 +196,46 @@ def test_what_weft_does_not_compute_and_what_is_damaged_are_refused(folder, tmp_
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_score_head_goes_with_the_adapter_that_was_trained_with_it(family, folder, tmp_path):
+    loaded = load_model(folder[family])
+    model = adapt(loaded.model, LoRA(rank=3, alpha=7), FAMILIES[family], str(folder[family]), seed=2)
+    add_score(model, 3, seed=5, labels=("bad", "fair", "good"))
+    disturbed(adapter_parameters(model).values())
+    save_model(model, tmp_path)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder[family], num_labels=3, pad_token_id=0)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+        again = load_model(tmp_path)
+        for ours in (model, again.model):
+            torch.testing.assert_close(ours.score(ours(TOKENS).hidden[:, -1]), expected, rtol=0, atol=TOLERANCE)
+        with adapters_off(again.model):
+            assert float((again.model.score(again.model(TOKENS).hidden[:, -1]) - expected).abs().max()) > 1e-2
+    assert again.spec.score == 3
+    assert again.model.spec.labels == again.spec.labels == ("bad", "fair", "good")
+
+
+def test_an_adapter_made_on_files_of_one_kind_fits_the_model_in_another(folder, tmp_path):
+    """The same model as a GGUF file has the same names, and the same fingerprint though its matrices are rounded."""
+    wide = transformers.LlamaConfig(
+        **{**SIZES, "hidden_size": 64, "intermediate_size": 96}, num_key_value_heads=2, max_position_embeddings=64
+    )
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(wide).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    for kind in ("f32", "q8_0"):
+        export(tmp_path / "hf", "gguf", tmp_path / f"{kind}.gguf", kind)
+    loaded = load_model(tmp_path / "hf", dtype=torch.float32)
+    model = adapt(loaded.model, LoRA(rank=2, alpha=8), FAMILIES["llama"], str(tmp_path / "hf"))
+    disturbed(adapter_parameters(model).values())
+    save_model(model, tmp_path / "adapter")
+    expected = our_logits(model)
+    for kind, tolerance in (("f32", 1e-5), ("q8_0", 0.1)):
+        checkpoint = open_checkpoint(tmp_path / f"{kind}.gguf", tmp_path / "adapter")
+        for packed in (False, True):
+            given = our_logits(load_weights(checkpoint, dtype=torch.float32, packed=packed))
+            assert float((given - expected).abs().max()) < tolerance, kind
+            bare = our_logits(load_weights(checkpoint.base, dtype=torch.float32, packed=packed))
+            assert float((bare - expected).abs().max()) > 3 * tolerance
