@@ -40,7 +40,7 @@ def equals_transformers(subject: Subject) -> Outcome:
     prompts = [Prompt(prompt.text, prompt.ids[:_TOKENS]) for prompt in subject.longest(_PROMPTS)]
     with tempfile.TemporaryDirectory(prefix="weft-verify-") as temporary:
         folder = checkpoint.path
-        if checkpoint.is_gguf or subject.quantised:
+        if checkpoint.is_gguf or subject.quantised or model.spec.score is not None:  # a classifier's own files may hold no other head
             folder = Path(temporary)
             write_folder(model, folder, family=family)
         ours = [_logits(model, prompt) for prompt in prompts]
