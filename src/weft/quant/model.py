@@ -30,6 +30,7 @@ def quantize(
                  to what they became.
     """
     assert model.spec.quant is None, "the model is quantised already"
+    assert model.adapters is None, "an adapter has to be merged first"
     assert method == "rtn" or calibration, "gptq needs calibration texts"
     spec = ModelSpec.model_validate({**model.spec.model_dump(), "quant": quant})
     made = materialise(build(spec, "meta", torch.float32), model.device)
@@ -60,6 +61,7 @@ def quantize(
 @torch.no_grad()
 def dequantize(model: Model) -> Model:
     """The same model with every packed weight written out in float32: what the packed one computes with, and no more."""
+    assert model.adapters is None, "an adapter would be lost"
     plain = build(ModelSpec.model_validate({**model.spec.model_dump(), "quant": None}), "meta", torch.float32)
     made = materialise(plain, model.device)
     own, stored = dict(model.named_modules()), model.state_dict()

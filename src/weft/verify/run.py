@@ -66,6 +66,10 @@ def verify(
 def open_subject(source: str | Path, device: str, dtype: str, prompts: Path | None, quick: bool) -> Subject:
     """Read the model and the prompts."""
     checkpoint = open_checkpoint(source)
+    if checkpoint.adapter is not None:
+        raise UserError(
+            f"{source} is an adapter; verify what it makes of its base: weft merge adapter {source} -o OUT, then weft verify OUT"
+        )
     spec, tokenizer = checkpoint.spec, tokenizer_of(checkpoint.path)
     _check_shape(str(source), spec)
     new_tokens = min(12 if quick else 32, spec.context // 4)

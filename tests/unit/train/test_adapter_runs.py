@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from system.train_runs import MODEL, RECIPE, make_inputs
+from weft.cli.main import app
 from weft.engine import Request, SamplingParams
 from weft.engine.open import open_engine
 from weft.errors import UserError
@@ -16,6 +18,7 @@ from weft.quant.model import quantize
 from weft.spec import Quant
 from weft.train.assemble import open_job, run_recipe
 from weft.train.callbacks import Callback
+from weft.train.matrices import trained_weights
 from weft.train.parallel import World
 from weft.train.plan import make_plan
 from weft.train.recipe import override, recipe
@@ -73,14 +76,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_an_adapter_is_trained_saved_resumed_and_opened(form, place):
-    card = train(place, form, adapter=FORMS[form])
+def _is_resumed_exactly(place: Path, form: str) -> None:
     out, killed = place / form, f"{form} killed"
-    assert card["status"] == "finished"
-    valid = [row["valid_loss"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "valid_loss" in row]
-    assert valid[-1] != valid[0]
-    assert form != "lora" or valid[-1] < valid[0]
     for step in (2, 5):
         with pytest.raises(Killed):
             train(place, killed, adapter=FORMS[form], callbacks=[KillAt(step)])
@@ -91,6 +88,19 @@ def test_an_adapter_is_trained_saved_resumed_and_opened(form, place):
     train(place, f"{form} other", adapter=FORMS[form], seed=1)
     first, other = tensors(out / "last"), tensors(place / f"{form} other" / "last")
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_is_trained_saved_resumed_and_opened(form, place):
+    card = train(place, form, adapter=FORMS[form])
+    out = place / form
+    assert card["status"] == "finished"
+    valid = [row["valid_loss"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "valid_loss" in row]
+    assert valid[-1] != valid[0]
+    assert form != "lora" or valid[-1] < valid[0]
+    if form in ("lora", "prefix"):
+        _is_resumed_exactly(place, form)
+    first = tensors(out / "last")
     # What was saved is small, and opens as a model.
     assert card["model"]["trained"] == sum(tensor.numel() for tensor in first.values())
     assert not (out / "last" / "config.json").exists()
@@ -188,3 +198,41 @@ def test_an_adapter_without_a_model_or_on_an_adapter_is_refused(place):
     (place / "one" / "last" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is cut short"):
         train(place, "one", "optim.lr=3e-2", adapter=FORMS["lora"])
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [["quantize", "ADAPTER", "--to", "int8", "-o", "OUT"], ["export", "ADAPTER", "--to", "gguf", "-o", "OUT"], ["verify", "ADAPTER"]],
+)
+def test_verbs_that_need_one_set_of_weights_say_so(verb, place, tmp_path):
+    if not (place / "one for verbs").exists():
+        train(place, "one for verbs", adapter="ia3", steps=1)
+    words = {"ADAPTER": str(place / "one for verbs" / "last"), "OUT": str(tmp_path / "out")}
+    outcome = CliRunner().invoke(app, [words.get(word, word) for word in verb])
+    assert isinstance(outcome.exception, UserError)
+    assert "weft merge adapter" in str(outcome.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_muon_leaves_factors_to_adamw(place):
+    train(place, "by muon", adapter=FORMS["lora"], optim={"name": "muon", "lr": 3e-2})
+    train(place, "by adamw", adapter=FORMS["lora"], optim={"name": "adamw", "lr": 3e-2})
+    one, other = (tensors(place / name / "last") for name in ("by muon", "by adamw"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    model = load_model(place / "by muon" / "last").model
+    assert {weight.kind for weight in trained_weights(model)} == {"factor"}
+
+
+def test_a_classifier_is_trained_through_an_adapter_and_trained_further(place):
+    lines = [{"text": f"the {word} crosses {i}", "label": label} for i in range(12) for word, label in (("weft", "a"), ("warp", "b"))]
+    (place / "labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = {"data": {"sources": [str(place / "labels.jsonl")], "valid": 0.2}, "objective": "classify", "batch": {"rows": 6}}
+    train(place, "classes", adapter=FORMS["lora"], **given)
+    first = tensors(place / "classes" / "last")
+    assert first["base_model.model.score.weight"].shape == (2, 32)
+    loaded = load_model(place / "classes" / "last")
+    assert (loaded.spec.score, loaded.model.spec.labels) == (2, ("a", "b"))
+    train(place, "classes further", model=str(place / "classes" / "last"), **given)
+    second = tensors(place / "classes further" / "last")
+    assert first.keys() == second.keys()
+    assert not any(torch.equal(tensor, second[name]) for name, tensor in first.items())
