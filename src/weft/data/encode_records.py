@@ -62,6 +62,14 @@ class _Turn:
         return text[: self.stop] == self.text[: self.stop]
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What comes after a prompt; in an answer of several messages, those of tools and users are not trained on."""
+
+    ids: Sequence[int]
+    trained: Sequence[bool]
+
+
 class RecordEncoder:
     """Records through a tokenizer and its chat template.
 
@@ -141,7 +149,7 @@ class RecordEncoder:
         yield self._marked(whole, [turn for turn in turns if turn.stands_in(whole)], origin)
         for turn in turns:
             if not turn.stands_in(whole):
-                yield self._joined(*self._split(turn), None, origin)
+                yield self._joined(*self._split([turn]), None, origin)
 
     def _turn(self, messages: Sequence[Message], index: int, tools: Sequence[Message], origin: str) -> _Turn:
         """Where an answer stands in the conversation that ends with it."""
@@ -198,35 +206,42 @@ class RecordEncoder:
             trained[start:stop] = [True] * (stop - start)
         return self._checked(ids, trained, len(ids), origin)
 
-    def _split(self, turn: _Turn) -> tuple[list[int], list[int]]:
-        """The ids before an answer, and its own."""
-        ids, (start, stop) = self.tokenizer.encode_cut(turn.text, (turn.start, turn.stop))
-        return ids[:start], ids[start:stop]
+    def _split(self, turns: Sequence[_Turn]) -> tuple[list[int], _Answer]:
+        """The ids before the first of some turns, and those from there on to the end of the last."""
+        ids, places = self.tokenizer.encode_cut(turns[-1].text, [place for turn in turns for place in (turn.start, turn.stop)])
+        first, last = places[0], places[-1]
+        trained = [False] * (last - first)
+        for start, stop in zip(places[::2], places[1::2], strict=True):
+            trained[start - first : stop - first] = [True] * (stop - start)
+        return ids[:first], _Answer(ids[first:last], trained)
 
     # Prompts and answers.
 
-    def _parts(self, prompt: Said, answer: Said, origin: str) -> tuple[list[int], list[int]]:
-        """The ids of a prompt and those of an answer, which are all trained on but for turns of others within it."""
+    def _parts(self, prompt: Said, answer: Said, origin: str) -> tuple[list[int], _Answer]:
+        """The ids of a prompt, and an answer to it."""
         if isinstance(prompt, str) and isinstance(answer, str):
             for said in (prompt, answer):
                 self._check_plain(said, origin)
             before, joint, alone = self.tokenizer.encode_batch([prompt, prompt + answer, answer])
-            return [*self._bos, *before], [*join_pair(before, joint, alone), self._eos(origin)]
+            ids = [*join_pair(before, joint, alone), self._eos(origin)]
+            return [*self._bos, *before], _Answer(ids, [True] * len(ids))
         assert not isinstance(prompt, str), "read_records gives prompt and answer both as text or both as messages"
         assert not isinstance(answer, str), "read_records gives prompt and answer both as text or both as messages"
         messages = (*prompt, *answer)
         self._check_messages(messages, origin)
-        if [index for index in _answers(messages) if index >= len(prompt)] != [len(messages) - 1] or len(answer) != 1:
+        turns = [self._turn(messages, index, (), origin) for index in _answers(messages) if index >= len(prompt)]
+        if not all(turn.stands_in(turns[-1].text) for turn in turns):
             raise UserError(
-                f"{origin}: the answer is {len(answer)} messages; write the earlier ones into the prompt, or `messages` for all."
+                f"{origin}: the answer is {len(answer)} messages, of which the chat template rewrites one later on; write the earlier ones "
+                "into the prompt."
             )
-        return self._split(self._turn(messages, len(prompt), (), origin))
+        return self._split(turns)
 
-    def _room(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> int:
+    def _room(self, prompt: Sequence[int], answers: Sequence[_Answer]) -> int:
         """How many ids of a prompt are kept: what the longest answer leaves, but at least half of the length."""
         if self.length is None:
             return len(prompt)
-        return min(len(prompt), max(self.length - max(map(len, answers)), self.length // 2))
+        return min(len(prompt), max(self.length - max(len(answer.ids) for answer in answers), self.length // 2))
 
     def _left_cut(self, ids: Sequence[int], keep: int) -> Sequence[int]:
         """The last ids of a text; a BOS at its beginning stays."""
@@ -235,12 +250,12 @@ class RecordEncoder:
         bos = ids[:1] if keep > 1 and ids[0] == self.tokenizer.bos_id else ids[:0]
         return [*bos, *ids[len(ids) - keep + len(bos) :]]
 
-    def _joined(self, prompt: Sequence[int], answer: Sequence[int], keep: int | None, origin: str) -> Encoded:
-        """A prompt, of which the last `keep` ids stay (None: what suits the answer), and an answer that is trained on."""
+    def _joined(self, prompt: Sequence[int], answer: _Answer, keep: int | None, origin: str) -> Encoded:
+        """A prompt, of which the last `keep` ids stay (None: what suits the answer), and the answer."""
         keep = self._room(prompt, [answer]) if keep is None else keep
         kept = self._left_cut(prompt, max(0, keep))
-        whole = len(prompt) + len(answer)
-        return self._checked([*kept, *answer], [False] * len(kept) + [True] * len(answer), whole, origin)
+        whole = len(prompt) + len(answer.ids)
+        return self._checked([*kept, *answer.ids], [*(False for _ in kept), *answer.trained], whole, origin)
 
     def _plain(self, text: str, origin: str) -> Encoded:
         """A text, cut at its end, and the end token, which always stays."""

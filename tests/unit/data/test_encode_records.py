@@ -110,6 +110,18 @@ def test_a_completion_of_messages_is_the_conversation_with_its_last_answer_train
     assert marked(tokenizer, text).count("⟦") == 1
 
 
+def test_of_an_answer_of_several_messages_the_assistants_are_trained_on():
+    tokenizer = chat_tokenizer()
+    text = RecordEncoder(tokenizer).completion(Completion(TALK[:1], TALK[1:], "a:1"))
+    whole = RecordEncoder(tokenizer).conversation(Conversation(TALK, "a:1"))
+    assert (text.ids, text.trained) == (whole.ids[: text.num_tokens], whole.trained[: text.num_tokens])
+    assert whole.num_trained == text.num_trained
+    qwen3 = next((path for path in TEMPLATES if "Qwen3" in path.stem), None)
+    if qwen3 is not None:
+        with pytest.raises(UserError, match="a:1: the answer is 3 messages, of which the chat template rewrites one later on"):
+            RecordEncoder(chat_tokenizer(qwen3.read_text())).completion(Completion(TALK[:1], TALK[1:], "a:1"))
+
+
 def test_text_records_have_the_ids_of_the_joint_text_and_an_end():
     tokenizer = chat_tokenizer(None, bos=True)
     encoder = RecordEncoder(tokenizer)
