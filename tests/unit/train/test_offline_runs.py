@@ -151,6 +151,8 @@ def test_with_an_adapter_dpo_begins_at_log_two_and_the_head_of_a_reward_model_is
     losses = [row["loss"] for row in logged(place / "dpo lora") if "loss" in row]
     assert abs(losses[0] - 0.6931472) < 1e-6
     assert losses[1] != losses[0]
+    run(place, "dpo", "dpo recomputed", "steps=2", adapter="lora", objective="dpo", gradient_checkpointing=True)
+    assert (place / "dpo recomputed" / "metrics.jsonl").read_bytes() == (place / "dpo lora" / "metrics.jsonl").read_bytes()
     run(place, "reward", "reward lora", "steps=2", adapter="lora")
     head = load_model(place / "reward lora" / "last").model.score.weight
     assert head.shape == (1, 16)
