@@ -64,13 +64,13 @@ class Muon:
         torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
         for shape, members in self._groups.items():
             # A run of matrices, such as all experts of a layer, is one tensor [n, R, C] and one operation.
-            runs = [ahead[index][where].unflatten(0, (-1, rows)).to(torch.bfloat16) for index, where, rows in members]
+            runs = [_stacked(ahead[index][where], rows).to(torch.bfloat16) for index, where, rows in members]
             turned = [run.shape[1:] != shape for run in runs]
             moved = orthogonalise(torch.cat([run.mT if turn else run for run, turn in zip(runs, turned, strict=True)]))
             scale = -lr * ADAM_RMS * math.sqrt(shape[1])
             updates = torch.split(moved, [len(run) for run in runs])
             for (index, where, rows), turn, update in zip(members, turned, updates, strict=True):
-                target = _rows(parameters[index])[where].unflatten(0, (-1, rows))
+                target = _stacked(_rows(parameters[index])[where], rows)
                 target.add_(update.mT if turn else update, alpha=scale)
 
     def state(self) -> dict[str, Tensor]:
@@ -85,3 +85,8 @@ class Muon:
 def _rows(matrices: Tensor) -> Tensor:
     """A parameter [..., R, C] as a view with all its rows one below the other, [-1, C]."""
     return matrices.flatten(0, -2)
+
+
+def _stacked(matrices: Tensor, rows: int) -> Tensor:
+    """Matrices of so many rows, one below the other, as a view [n, rows, C]."""
+    return matrices.view(-1, rows, matrices.shape[-1])
