@@ -14,7 +14,6 @@ from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.tokenizer.templates import with_chat_template
 from weft.train.recipe import Recipe
 from weft.train.stages import Stage, Stages
-from weft.weights.hub import find_model
 from weft.weights.load import Checkpoint, open_checkpoint
 from weft.zoo import ENTRIES
 
@@ -91,7 +90,7 @@ def _open_model(recipe: Recipe) -> Checkpoint | None:
             raise UserError(f"pretrained is true but model is the spec {model}, which has no weights; give the name or folder of a model.")
         return None
     if recipe.pretrained or Path(model).exists():
-        return open_checkpoint(find_model(model))
+        return open_checkpoint(model)
     if model not in ENTRIES:
         raise UserError(
             f"model is '{model}', which is neither a known name nor a path.{nearest(model, ENTRIES)} Give a name that `weft models` lists, "

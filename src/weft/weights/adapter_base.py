@@ -9,6 +9,7 @@ import torch
 from weft.errors import UserError
 from weft.nn import Model
 from weft.weights.hub import find_model, list_models
+from weft.weights.hub_names import repo_of
 
 
 def identity(model: Model) -> str:
@@ -26,13 +27,13 @@ def identity(model: Model) -> str:
 
 
 def written_base(source: str) -> str:
-    """How a file names a base: a path in full, anything else as it was given."""
-    return os.path.abspath(source) if Path(source).expanduser().exists() else source
+    """How a file names a base: a path in full, a pulled model by the repo that its name stands for, which PEFT knows too."""
+    return os.path.abspath(source) if Path(source).expanduser().exists() else repo_of(source) or source
 
 
 def find_base(named: str | None, folder: Path) -> str:
-    """The base that an adapter's config names: a path from the adapter's folder or from here, a pulled model's name, or the repo that one
-    was pulled from. Raises UserError that says what to do where it is not on this machine."""
+    """The base that an adapter's config names: a path from the adapter's folder or from here, a pulled model's name, or the repo that its
+    name stands for or that it was pulled from. Raises UserError that says what to do where it is not on this machine."""
     remedy = f"Name the base yourself: give the model with --adapter {folder}"
     if not named:
         raise UserError(f"{folder} is an adapter whose adapter_config.json names no base. {remedy}.")
@@ -42,7 +43,7 @@ def find_base(named: str | None, folder: Path) -> str:
     try:
         find_model(named)
     except UserError:
-        pulled = next((model.name for model in list_models() if model.source == f"hub:{named}"), None)
+        pulled = next((model.name for model in list_models() if named in (repo_of(model.name), model.source.removeprefix("hub:"))), None)
         if pulled is None:
             raise UserError(
                 f"{folder} is an adapter for {named}, which is no path and has not been pulled. Run `weft pull {named}`. {remedy}."
