@@ -162,12 +162,22 @@ def _assign(data: dict[str, Any], assignment: str) -> str:
     except yaml.YAMLError:
         value = text
     *path, last = key.split(".")
-    place = data
+    place: Any = data
     for depth, part in enumerate(path, 1):
-        inner = place.get(part)
-        if inner is not None and not isinstance(inner, dict):
+        at = _index(place, part, key)
+        inner = place[at] if isinstance(place, list) else place.get(at)
+        if inner is not None and not isinstance(inner, dict | list):
             raise UserError(f"{key} cannot be set: {'.'.join(path[:depth])} is {inner!r}, which has no keys; set it as a whole.")
-        place[part] = dict(inner or {})
-        place = place[part]
-    place[last] = value
+        place[at] = list(inner) if isinstance(inner, list) else dict(inner or {})
+        place = place[at]
+    place[_index(place, last, key)] = value
     return key
+
+
+def _index(place: Any, part: str, key: str) -> Any:
+    """A part of a dotted key as what it leads into wants it: a number, counted from 0, in a list."""
+    if not isinstance(place, list):
+        return part
+    if not part.isdigit() or int(part) >= len(place):
+        raise UserError(f"{key} cannot be set: there is a list of {len(place)}, whose entries are 0 to {len(place) - 1}, and not {part}.")
+    return int(part)

@@ -71,6 +71,16 @@ def test_what_cannot_be_is_refused_with_a_sentence(overrides, message):
         recipe(override(LEAST, overrides))
 
 
+def test_entries_of_lists_are_set_by_number():
+    data = {**LEAST, "stages": [{"share": 1}, {"share": 2}]}
+    made = recipe(override(data, ["stages.1.share=3", "stages.0.batch.rows=4", "stages.1.data=[a.txt]"]))
+    assert [stage.share for stage in made.stages] == [1, 3]
+    assert (made.stages[0].batch.rows, made.stages[1].data) == (4, ["a.txt"])
+    assert data["stages"][1] == {"share": 2}, "the given mapping is not changed"
+    with pytest.raises(UserError, match="there is a list of 2, whose entries are 0 to 1, and not 2"):
+        override(data, ["stages.2.share=3"])
+
+
 def test_files_that_are_no_recipes(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         read_recipe(tmp_path / "none.yaml")
