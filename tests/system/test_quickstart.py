@@ -18,7 +18,7 @@ from weft.errors import UserError
 from weft.quickstart.options import Options
 from weft.quickstart.pipeline import quickstart
 from weft.quickstart.reporter import Silent
-from weft.quickstart.settings import FineTuning, Judging, ModelSettings, Pretraining, Settings, Tokens
+from weft.quickstart.settings import FineTuning, Judging, ModelSettings, Pretraining, Reinforcing, Settings, Tokens
 from weft.quickstart.training import Interrupted
 from weft.tokenizer import load_tokenizer
 from weft.weights.load import load_model
@@ -45,6 +45,7 @@ SMALL = Settings(
     model=ModelSettings(dim=48, layers=2, heads=3, kv_heads=3, hidden=96, context=128),
     pretraining=Pretraining(rows=4, length=64, warmup=2),
     fine_tuning=FineTuning(rows=4, length=64, fewest=10),
+    reinforcing=Reinforcing(rows=2, samples=3, length=96, max_tokens=16, fewest=5),
     judging=Judging(samples=6, max_tokens=12),
     eval_batches=1,
     steps=8,
@@ -73,9 +74,12 @@ def test_the_report_is_complete(whole, corpus):
     assert report["corpus"]["name"] == str(corpus)
     assert report["corpus"]["train_bytes"] + report["corpus"]["heldout_bytes"] == report["corpus"]["bytes"]
     assert set(report["baselines"]) == {"gzip", "byte_5gram", "xz", "xz_given_training"}
-    assert all(0.5 < bits < 8 for bits in (*report["baselines"].values(), report["bits_per_byte"], report["bits_per_byte_fine_tuned"]))
+    stages = [report[f"bits_per_byte{stage}"] for stage in ("", "_fine_tuned", "_reinforced")]
+    assert all(0.5 < bits < 8 for bits in (*report["baselines"].values(), *stages))
+    assert report["reinforcement"]["steps"] == 8
+    assert report["reinforcement"]["kl"] >= 0
     assert report["tokens"]["pretrain"] == 8 * 4 * 64
-    for when in ("before", "after"):
+    for when in ("before", "after", "reinforced"):
         share = report["parse_share"][when]
         assert share["samples"] == 6
         assert share["low"] <= share["share"] <= share["high"]
@@ -102,8 +106,9 @@ def test_training_lowers_the_bits_and_fine_tuning_changes_the_model(whole):
     out, _ = whole
     curve = json.loads((out / "work/steps/pretrain.json").read_text())["result"]["curve"]
     assert curve["train"][-1][1] < curve["train"][0][1]
-    base, tuned = (load_model(out / name).model.embed.weight for name in ("base", "model"))
+    base, tuned, reinforced = (load_model(out / name).model.embed.weight for name in ("base", "model", "reinforced"))
     assert not torch.equal(base, tuned)
+    assert reinforced.shape == tuned.shape  # of this model no body parses, so no reward teaches it anything
 
 
 def test_transformers_loads_the_model_and_agrees(whole, monkeypatch):
@@ -127,7 +132,7 @@ def test_the_same_command_again_does_nothing_twice(whole, corpus):
     told = Listener()
     again = quickstart(Options(out, corpus, device="cpu"), SMALL, reporter=told)
     assert again == report
-    assert told.known == [False, True, True, True, True, True, False]  # reading and writing the report are always done
+    assert told.known == [False, True, True, True, True, True, True, False]  # reading and writing the report are always done
 
 
 class Listener(Silent):
@@ -153,11 +158,11 @@ class Listener(Silent):
 def test_an_interrupted_job_carries_on_to_the_same_weights(whole, corpus, tmp_path):
     out, report = whole
     options = Options(tmp_path / "quickstart", corpus, device="cpu")
-    for title in ("pretraining", "fine-tuning"):
+    for title in ("pretraining", "fine-tuning", "reinforcing"):
         with pytest.raises(Interrupted):
             quickstart(options, SMALL, reporter=Listener(title, 3))
     carried = quickstart(options, SMALL)
-    for name in ("base", "model"):
+    for name in ("base", "model", "reinforced"):
         ours, theirs = (dict(load_model(folder / name).model.named_parameters()) for folder in (options.out, out))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     for key in ("bits_per_byte", "bits_per_byte_fine_tuned", "parse_share", "samples"):
@@ -182,6 +187,7 @@ def test_prose_skips_fine_tuning_and_says_why(tmp_path):
     assert "not Python" in report["fine_tuning_skipped"]
     assert report["parse_share"] == {}
     assert report["bits_per_byte_fine_tuned"] is None
+    assert report["reinforcement_skipped"] == "there is no fine-tuned model"
     assert report["corpus"]["split"] == "tails"
     assert len(report["samples"]) == 3
     assert "not Python" in (tmp_path / "out" / "quickstart.md").read_text()
@@ -202,7 +208,7 @@ def test_the_command_line(corpus, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 1
     assert json.loads(said.out) == json.loads((tmp_path / "quickstart/quickstart.json").read_text())
-    for words in ("7/7", "xz -9", "sample 3", "weft generate quickstart/model", "quickstart/quickstart.md"):
+    for words in ("8/8", "reinforced", "xz -9", "sample 3", "weft generate quickstart/model", "quickstart/quickstart.md"):
         assert words in said.err
 
 

@@ -99,7 +99,7 @@ def print_report(console: "Console", report: dict[str, Any], commands: list[str]
     """The closing page: the table of bits, three samples, where everything is, what to do next."""
     from rich.table import Table
 
-    from weft.quickstart.report import bits_table, tell_share
+    from weft.quickstart.report import bits_table, stages_table
 
     table = Table(title="Bits a byte of held-out text (fewer is better)", title_justify="left", box=None, padding=(0, 2))
     table.add_column("")
@@ -109,8 +109,16 @@ def print_report(console: "Console", report: dict[str, Any], commands: list[str]
         table.add_row(label, f"{value:.3f}", style=style)
     console.print()
     console.print(table)
-    for when, share in report["parse_share"].items():
-        console.print(f"  parse {when} fine-tuning: {tell_share(share)}", markup=False)
+    heads, rows = stages_table(report)
+    if rows:
+        stages = Table(title="The three stages of the model", title_justify="left", box=None, padding=(0, 2))
+        stages.add_column("")
+        for head in heads:
+            stages.add_column(head, justify="right")
+        for row in rows:
+            stages.add_row(*row)
+        console.print()
+        console.print(stages)
     for number, sample in enumerate(report["samples"], 1):
         console.print(f"\n[bold]sample {number}[/bold]")
         console.print(sample.rstrip("\n"), markup=False, soft_wrap=True)

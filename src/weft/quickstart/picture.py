@@ -1,4 +1,4 @@
-"""The result as a picture: the model learning, and where it ends beside the compressors and before and after fine-tuning."""
+"""The result as a picture: the model learning, and where it ends beside the compressors, and what each stage made of it."""
 
 import io
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 
 from weft.quickstart.judge import wilson
 
+STAGES = ("pretrained", "fine-\ntuned", "rein-\nforced")
 INK, MUTED, LINE, MODEL, PLAIN, REACH = "#1f2933", "#6b7785", "#e3e7eb", "#0f766e", "#b9c4cf", "#c2410c"
 
 
@@ -24,10 +25,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Shares:
-    """Accepted samples before and after fine-tuning, of `samples` each."""
+    """Accepted samples of `samples` each: pretrained, fine-tuned and, where it was, reinforced."""
 
-    before: int
-    after: int
+    accepted: tuple[int, ...]
     samples: int
 
 
@@ -114,14 +114,14 @@ def _draw_bars(panel: Any, model_bits: float, baselines: dict[str, float]) -> No
 
 def _draw_shares(panel: Any, shares: Shares) -> None:
     _heading(panel, "Samples that parse")
-    for place, (label, accepted, colour) in enumerate((("before", shares.before, PLAIN), ("after", shares.after, MODEL))):
+    for place, (label, accepted, colour) in enumerate(zip(STAGES, shares.accepted, (PLAIN, "#5fa8a1", MODEL), strict=False)):
         share = 100 * accepted / max(1, shares.samples)
         low, high = (100 * bound for bound in wilson(accepted, shares.samples))
         panel.bar([place], [share], width=0.6, color=colour)
         panel.plot([place, place], [low, high], color=INK, linewidth=1.3)
         panel.text(place, min(high + 2, 104), f"{share:.0f}%", ha="center", va="bottom", fontsize=10, color=INK, fontweight="bold")
-        panel.text(place, -4, f"{label}\nfine-tuning", ha="center", va="top", fontsize=9.5, color=INK)
-    panel.set_xlim(-0.6, 1.6)
+        panel.text(place, -4, label, ha="center", va="top", fontsize=9.5, color=INK)
+    panel.set_xlim(-0.6, len(shares.accepted) - 0.4)
     panel.set_ylim(0, 112)
     panel.set_xticks([])
     panel.set_yticks([0, 25, 50, 75, 100], [f"{value}%" for value in (0, 25, 50, 75, 100)])

@@ -21,6 +21,7 @@ from weft.quickstart.preparing import (
     read_material,
     tokenizer_of,
     write_pairs,
+    write_prompts,
 )
 from weft.quickstart.report import Results, build_report, draw_report, markdown
 from weft.quickstart.reporter import Reporter, Silent
@@ -33,6 +34,8 @@ from weft.quickstart.training import (
     fine_tuning_recipe,
     pretraining_recipe,
     read_curve,
+    read_rewards,
+    reinforcing_recipe,
     tell_training,
     train,
 )
@@ -44,7 +47,7 @@ from weft.weights.load import load_model
 from weft.weights.save import save_model
 
 Facts = dict[str, Any]
-STEPS = 7
+STEPS = 8
 
 
 def quickstart(options: Options, settings: Settings | None = None, restart: bool = False, reporter: Reporter | None = None) -> Facts:
@@ -79,9 +82,10 @@ class _Job:
         tokens = self._tokens(material)
         pretrained = self._pretrain(tokens)
         tuned = self._fine_tune(material, pretrained)
-        measured = self._measure(material, tokens, tuned)
-        judged = self._judge(material, tuned)
-        return self._report(Results(corpus, tokens, pretrained, tuned, measured, judged))
+        reinforced = self._reinforce(material, tuned)
+        measured = self._measure(material, tokens, tuned, reinforced)
+        judged = self._judge(material, tuned, reinforced)
+        return self._report(Results(corpus, tokens, pretrained, tuned, reinforced, measured, judged))
 
     def _begin(self, title: str) -> None:
         self._number += 1
@@ -179,8 +183,39 @@ class _Job:
 
         return self._step("fine-tune", "fine-tuning", key, work, tell, [self.place.model])
 
-    def _measure(self, material: Material, tokens: Facts, tuned: Facts) -> Facts:
-        key = content_key(tuned["key"], material.key)
+    def _reinforce(self, material: Material, tuned: Facts) -> Facts:
+        settings, place = self.settings, self.place
+        recipe = reinforcing_recipe(self.options, settings, place.model, place.tokenizer, place.prompts, Path("out"))
+        key = content_key(tuned["key"], essentials(recipe), settings.facts()["reinforcing"])
+        run = place.run_folder("reinforce", content_key(key, place.out))
+
+        def work() -> Facts:
+            if tuned["skipped"]:
+                return {"skipped": "there is no fine-tuned model", "card": None}
+            self.reporter.advance(0, None, "choosing prompts")
+            tokenizer = tokenizer_of(place)
+            count = write_prompts(collect_pairs(material, settings)[0], settings, tokenizer, place.prompts)
+            if count < settings.reinforcing.fewest:
+                return {"skipped": f"only {count} functions with parameters were found", "card": None}
+            card = train({**recipe, "out": str(run)}, False, self.reporter)
+            save_model(load_model(run / "last").model, place.reinforced, tokenizer)
+            facts = {"skipped": "", "prompts": count, "card": card, **read_rewards(run)}
+            drop_run(run)
+            return facts
+
+        def tell(facts: Facts) -> str:
+            if facts["skipped"]:
+                return f"skipped: {facts['skipped']}"
+            return (
+                f"{facts['steps']} steps of {settings.reinforcing.rows * settings.reinforcing.samples} answers in "
+                f"{clock(facts['card']['cost']['seconds'])}, reward {facts['reward_before']:.2f} to {facts['reward']:.2f}, "
+                f"{facts['kl']:.1f} nats an answer from the fine-tuned model"
+            )
+
+        return self._step("reinforce", "reinforcing", key, work, tell, [] if tuned["skipped"] else [place.reinforced])
+
+    def _measure(self, material: Material, tokens: Facts, tuned: Facts, reinforced: Facts) -> Facts:
+        key = content_key(tuned["key"], reinforced["key"], material.key)
 
         def work() -> Facts:
             baselines = measure_baselines(material, self.reporter)
@@ -190,6 +225,9 @@ class _Job:
             if not tuned["skipped"]:
                 after = measure_model(self.place.model, shards, self.options, self.settings, self.reporter, "this model, fine-tuned")
                 facts["bits_per_byte_fine_tuned"] = round(after.bits_per_byte, 5)
+            if not reinforced["skipped"]:
+                last = measure_model(self.place.reinforced, shards, self.options, self.settings, self.reporter, "this model, reinforced")
+                facts["bits_per_byte_reinforced"] = round(last.bits_per_byte, 5)
             assert score.num_bytes == material.split.heldout_bytes
             return facts
 
@@ -199,18 +237,21 @@ class _Job:
 
         return self._step("measure", "measuring", key, work, tell, [])
 
-    def _judge(self, material: Material, tuned: Facts) -> Facts:
-        key = content_key(tuned["key"], self.settings.facts()["judging"])
+    def _judge(self, material: Material, tuned: Facts, reinforced: Facts) -> Facts:
+        key = content_key(tuned["key"], reinforced["key"], self.settings.facts()["judging"])
 
         def work() -> Facts:
             arguments = (self.options, self.settings, self.reporter)
-            samples = sample_texts(material, self.place.model, *arguments)
+            best = self.place.model if reinforced["skipped"] else self.place.reinforced
+            samples = sample_texts(material, best, *arguments)
             shares = {}
             if not tuned["skipped"]:
                 _, heldout = collect_pairs(material, self.settings)
                 before = judge_model(heldout, self.place.base, *arguments, "before fine-tuning")
                 after = judge_model(heldout, self.place.model, *arguments, "after fine-tuning")
-                shares = {"before": before, "after": after} if before and after else {}
+                last = None if reinforced["skipped"] else judge_model(heldout, self.place.reinforced, *arguments, "after reinforcement")
+                found = {"before": before, "after": after, "reinforced": last}
+                shares = {stage: share for stage, share in found.items() if share}
             return {"samples": samples, "parse_share": shares}
 
         def tell(facts: Facts) -> str:
@@ -218,7 +259,10 @@ class _Job:
             if not shares:
                 return f"{len(facts['samples'])} samples written; there are no functions to judge"
             before, after = shares["before"], shares["after"]
-            return f"{before['share']:.0%} of {before['samples']} sampled functions parse before fine-tuning, {after['share']:.0%} after"
+            last = f", {shares['reinforced']['share']:.0%} after reinforcement" if "reinforced" in shares else ""
+            return (
+                f"{before['share']:.0%} of {before['samples']} sampled functions parse before fine-tuning, {after['share']:.0%} after{last}"
+            )
 
         return self._step("judge", "sampling", key, work, tell, [])
 

@@ -10,7 +10,7 @@ from typing import Any
 from weft.data.prepare import Settings as ShardSettings
 from weft.data.prepare import prepare
 from weft.data.shards import open_shards
-from weft.files import atomic_folder
+from weft.files import atomic_folder, atomic_write
 from weft.quickstart.corpus import Corpus, SourceFile, read_folder, read_stdlib
 from weft.quickstart.ledger import content_key
 from weft.quickstart.pairs import Pair, make_pairs
@@ -18,6 +18,7 @@ from weft.quickstart.reporter import Reporter
 from weft.quickstart.settings import Settings
 from weft.quickstart.split import Split, split_corpus, units_of
 from weft.quickstart.workplace import Workplace
+from weft.rewards.python import read_function
 from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.tokenizer.train import train_tokenizer
 
@@ -125,6 +126,18 @@ def write_pairs(train: list[Pair], heldout: list[Pair], folder: Path) -> None:
     sides = {"train": train, "valid": heldout}
     records = {side: [{"prompt": pair.prompt, "completion": pair.body} for pair in pairs] for side, pairs in sides.items() if pairs}
     _write_records(folder, records)
+
+
+def write_prompts(pairs: list[Pair], settings: Settings, tokenizer: Tokenizer, path: Path) -> int:
+    """Prompts with the bodies that people wrote, of functions that have parameters and leave room for an answer; returns how many."""
+    chosen = settings.reinforcing
+    functions = [(pair, read_function(pair.prompt, pair.body)) for pair in pairs if len(pair.prompt) <= settings.judging.max_prompt]
+    fitting = [pair for pair, found in functions if found is not None and found.parameters]
+    ids = tokenizer.encode_batch([pair.prompt for pair in fitting])
+    room = chosen.length - chosen.max_tokens - 1  # a tokenizer may put a mark before a text
+    kept = [pair for pair, each in zip(fitting, ids, strict=True) if len(each) <= room]
+    atomic_write(path, "".join(json.dumps({"prompt": pair.prompt, "completion": pair.body}) + "\n" for pair in kept))
+    return len(kept)
 
 
 def tokenizer_of(place: Workplace) -> Tokenizer:

@@ -16,6 +16,8 @@ from weft.train.callbacks import clock
 from weft.train.card import size, versions
 
 Facts = dict[str, Any]
+STAGES = {"before": "pretrained", "after": "fine-tuned", "reinforced": "reinforced"}
+REINFORCEMENT = ("kl", "reward", "reward_before", "answer_tokens", "steps", "prompts")
 ROWS = (
     ("gzip -9", "gzip"),
     ("byte 5-gram, Kneser-Ney, trained on the same text", "byte_5gram"),
@@ -32,13 +34,15 @@ class Results:
     tokens: Facts
     pretrained: Facts
     tuned: Facts
+    reinforced: Facts
     measured: Facts
     judged: Facts
 
     def steps(self) -> dict[str, Facts]:
         """Those that were timed."""
-        names = ("tokens", "pretrain", "fine_tune", "measure", "judge")
-        return dict(zip(names, (self.tokens, self.pretrained, self.tuned, self.measured, self.judged), strict=True))
+        names = ("tokens", "pretrain", "fine_tune", "reinforce", "measure", "judge")
+        facts = (self.tokens, self.pretrained, self.tuned, self.reinforced, self.measured, self.judged)
+        return dict(zip(names, facts, strict=True))
 
 
 def build_report(options: Options, device: torch.device, results: Results) -> Facts:
@@ -55,8 +59,10 @@ def build_report(options: Options, device: torch.device, results: Results) -> Fa
         "format": MARK,
         "bits_per_byte": results.measured["bits_per_byte"],
         "bits_per_byte_fine_tuned": results.measured.get("bits_per_byte_fine_tuned"),
+        "bits_per_byte_reinforced": results.measured.get("bits_per_byte_reinforced"),
         "baselines": results.measured["baselines"],
         "parse_share": results.judged["parse_share"],
+        "reinforcement": {name: value for name, value in results.reinforced.items() if name in REINFORCEMENT},
         "tokens": {**spent, **tokens},
         "seconds": {**seconds, "training": card["cost"]["seconds"], "total": round(sum(seconds.values()), 3)},
         "peak_memory_bytes": max(facts["peak_memory_bytes"] for facts in results.steps().values()),
@@ -66,6 +72,7 @@ def build_report(options: Options, device: torch.device, results: Results) -> Fa
         "model": card["model"],
         "pairs": tuned["pairs"],
         "fine_tuning_skipped": tuned["skipped"],
+        "reinforcement_skipped": results.reinforced["skipped"],
         "corpus": results.corpus,
         "corpus_folder": "" if options.corpus is None else str(options.corpus),
         "samples": results.judged["samples"],
@@ -84,7 +91,7 @@ def draw_report(report: Facts, curve: dict[str, list[list[float]]]) -> bytes:
     """The picture of a report as a PNG; raises ImportError where matplotlib is not installed."""
     train, heldout = ([list(axis) for axis in zip(*curve[side], strict=True)] or [[], []] for side in ("train", "heldout"))
     shares = report["parse_share"]
-    accepted = Shares(shares["before"]["accepted"], shares["after"]["accepted"], shares["before"]["samples"]) if shares else None
+    accepted = Shares(tuple(shares[stage]["accepted"] for stage in shares), shares["before"]["samples"]) if shares else None
     baselines = {label: report["baselines"][name] for name, label in LABELS.items()}
     return draw(title_of(report), Curve(*train, *heldout), report["bits_per_byte"], baselines, accepted)
 
@@ -106,12 +113,30 @@ def share_facts(share: ParseShare) -> dict[str, Any]:
         "accepted": share.accepted,
         "finished": share.finished,
         "samples": share.samples,
+        "acting": share.acting,
+        "parameters_read": round(share.share_used, 4),
+        "lines": round(share.mean_lines, 2),
     }
 
 
-def tell_share(facts: dict[str, Any]) -> str:
-    """52% (67 of 128; 43 to 61%)."""
-    return f"{facts['share']:.0%} ({facts['accepted']} of {facts['samples']}; {100 * facts['low']:.0f} to {100 * facts['high']:.0f}%)"
+def stages_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The model's three stages side by side: heads, and rows of a label and a value a stage. No rows where there was nothing to judge."""
+    shares = report["parse_share"]
+    heads = [name for stage, name in STAGES.items() if stage in shares]
+    if not shares:
+        return [], []
+    each = list(shares.values())
+    bits = [report["bits_per_byte"], report["bits_per_byte_fine_tuned"], report["bits_per_byte_reinforced"]][: len(each)]
+    rows = [
+        ["sampled functions that parse", *(f"{s['share']:.0%} ({100 * s['low']:.0f} to {100 * s['high']:.0f}%)" for s in each)],
+        ["of these, with a body that does something", *(f"{s['acting'] / max(1, s['accepted']):.0%}" for s in each)],
+        ["of their parameters, read", *(f"{s['parameters_read']:.0%}" for s in each)],
+        ["lines a body", *(f"{s['lines']:.1f}" for s in each)],
+        ["bits a byte of held-out text", *(f"{value:.3f}" for value in bits)],
+    ]
+    if "reinforced" in shares:
+        rows.append(["divergence from the fine-tuned model, nats a function", "", "0", f"{report['reinforcement']['kl']:.1f}"])
+    return heads, rows
 
 
 def bits_table(report: dict[str, Any]) -> list[tuple[str, float]]:
@@ -160,6 +185,7 @@ def markdown(report: dict[str, Any]) -> str:
                 ["vocabulary", f"{tokens['vocab']:,} tokens, {tokens['bytes_per_token']:.2f} bytes each"],
                 ["pretraining", f"{tokens['pretrain']:,} tokens, {tokens['epochs']:.2f} epochs"],
                 ["fine-tuning", report["fine_tuning_skipped"] or f"{tokens['fine_tune']:,} tokens, {report['pairs']:,} pairs"],
+                ["reinforcement", report["reinforcement_skipped"] or _tell_reinforcement(report["reinforcement"])],
                 ["tokens a second", f"{report['tokens_per_s']:,.0f} (MFU {report['mfu']:.0%})"],
                 ["whole job", clock(time["total"])],
                 ["peak memory", size(report["peak_memory_bytes"])],
@@ -184,12 +210,16 @@ def _language(corpus: dict[str, Any]) -> str:
     return "python" if corpus["kind"] == "python" else "text"
 
 
+def _tell_reinforcement(facts: dict[str, Any]) -> str:
+    return f"{facts['steps']} steps, reward {facts['reward_before']:.2f} to {facts['reward']:.2f}, {facts['prompts']:,} prompts"
+
+
 def _shares(report: dict[str, Any]) -> list[str]:
-    shares = report["parse_share"]
-    if not shares:
+    heads, rows = stages_table(report)
+    if not rows:
         return []
-    rows = [[f"{when} fine-tuning", tell_share(shares[when])] for when in ("before", "after")]
-    return ["## Sampled functions that `ast.parse` accepts", "", *_table(["", "share (95% interval)"], rows), ""]
+    asked = report["parse_share"]["before"]["samples"]
+    return [f"## {asked} held-out functions, judged by `ast.parse`", "", *_table(["", *heads], rows), ""]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

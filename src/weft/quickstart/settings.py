@@ -76,8 +76,27 @@ class FineTuning:
 
 
 @dataclass(frozen=True)
+class Reinforcing:
+    """GRPO with the parser as judge, on prompts of the training side whose function has parameters to read.
+
+    share    of the pretraining minutes.      rows, samples   prompts of a step, and answers to each.
+    parses   what a body is worth that parses and reads no parameter.      beta   price of a nat of divergence from the fine-tuned model.
+    """
+
+    share: float = 0.6
+    rows: int = 4
+    samples: int = 16
+    length: int = 256
+    max_tokens: int = 128
+    lr: float = 2e-4
+    beta: float = 0.06
+    parses: float = 0.1
+    fewest: int = 50
+
+
+@dataclass(frozen=True)
 class Judging:
-    """Sampling of held-out functions, the same before and after fine-tuning."""
+    """Sampling of held-out functions, the same before and after fine-tuning and reinforcement."""
 
     samples: int = 128
     max_prompt: int = 300  # characters
@@ -95,6 +114,7 @@ class Settings:
     model: ModelSettings = ModelSettings()
     pretraining: Pretraining = Pretraining()
     fine_tuning: FineTuning = FineTuning()
+    reinforcing: Reinforcing = Reinforcing()
     judging: Judging = Judging()
     eval_batches: int = 2
     save_minutes: float = 0.5

@@ -1,4 +1,4 @@
-"""Pretraining and fine-tuning: two recipes for the one trainer."""
+"""Pretraining, fine-tuning, reinforcement: three recipes for the one trainer."""
 
 import shutil
 from collections.abc import Sequence
@@ -70,6 +70,27 @@ def fine_tuning_recipe(options: Options, settings: Settings, base: Path, tokeniz
     }
 
 
+def reinforcing_recipe(options: Options, settings: Settings, model: Path, tokenizer: Path, prompts: Path, out: Path) -> dict[str, Any]:
+    """From fine-tuned weights, on the model's own bodies, which the parser judges. A body that does not end is worth nothing."""
+    chosen = settings.reinforcing
+    return {
+        "model": str(model),
+        "data": {"sources": [{"path": str(prompts), "name": "prompts"}], "valid": 0},
+        "objective": {
+            "type": "grpo",
+            "rewards": {"python": {"parses": chosen.parses, "like": "completion"}},
+            "samples": chosen.samples,
+            "max_tokens": chosen.max_tokens,
+            "beta": chosen.beta,
+            "unfinished": "keep",
+        },
+        "batch": {"rows": chosen.rows, "length": chosen.length, "micro": min(32, chosen.rows * chosen.samples)},
+        "optim": {"lr": chosen.lr, "weight_decay": 0.0, "schedule": "constant", "warmup": 2},
+        **_common(options, settings, tokenizer, out),
+        **_length(options.minutes * chosen.share, settings),
+    }
+
+
 def _common(options: Options, settings: Settings, tokenizer: Path, out: Path) -> dict[str, Any]:
     return {
         "tokenizer": str(tokenizer),
@@ -114,7 +135,8 @@ class _Watcher(Callback):
 
     def on_log(self, rows: Sequence[Row], pace: Pace) -> None:
         loss = sum(row["loss"] for row in rows) / max(1, len(rows))
-        note = f"loss {loss:.2f}, {pace.tokens_per_s:,.0f} tokens/s{self._heldout}"
+        reward = f", reward {rows[-1]['reward']:.2f}" if "reward" in rows[-1] else ""
+        note = f"loss {loss:.2f}{reward}, {pace.tokens_per_s:,.0f} tokens/s{self._heldout}"
         self.reporter.advance(pace.step, pace.total, note)
 
     def on_evaluate(self, row: Row) -> None:
@@ -143,6 +165,19 @@ def tell_training(card: Card) -> str:
         f"{cost['tokens']:,} tokens ({data['epochs']:.2f} epochs) in {clock(cost['seconds'])}, {cost['tokens_per_s']:,.0f} tokens/s, "
         f"MFU {cost['mfu']:.0%}, loss {card['loss']:.2f}"
     )
+
+
+def read_rewards(folder: Path) -> dict[str, float]:
+    """What GRPO came to: mean rewards of the first and of the last ten steps, and of these the divergence from the fine-tuned model in nats
+    an answer and an answer's tokens."""
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "reward" in row]
+    last = rows[-10:]
+
+    def mean(name: str, part: list[Row]) -> float:
+        return round(sum(row[name] for row in part) / len(part), 4)
+
+    ends = {"reward_before": mean("reward", rows[:10]), "reward": mean("reward", last)}
+    return {**ends, "kl": mean("answer_kl", last), "answer_tokens": mean("length", last), "steps": len(rows)}
 
 
 def drop_run(folder: Path) -> None:

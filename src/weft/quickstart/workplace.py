@@ -17,7 +17,7 @@ REPORT, PAGE, PICTURE = "quickstart.json", "quickstart.md", "quickstart.png"
 class Workplace:
     """A folder that is empty or holds an earlier quickstart, held by this process until `release`.
 
-    model/, base/                         the result, and the same model before fine-tuning
+    base/, model/, reinforced/            the model as pretrained, fine-tuned, and reinforced
     quickstart.json, .md, .png            the report
     work/                                 everything needed to carry on: corpus, tokenizer, shards, runs, and a record a step
 
@@ -70,6 +70,14 @@ class Workplace:
     @property
     def model(self) -> Path:
         return self.out / "model"
+
+    @property
+    def reinforced(self) -> Path:
+        return self.out / "reinforced"
+
+    @property
+    def prompts(self) -> Path:
+        return self.work / "prompts.jsonl"
 
     def run_folder(self, name: str, key: str) -> Path:
         """The folder of a training run under a key; those under other keys, which nobody will carry on, are removed."""

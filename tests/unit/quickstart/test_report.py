@@ -6,7 +6,7 @@ import pytest
 from weft.quickstart.judge import ParseShare
 from weft.quickstart.pairs import Pair
 from weft.quickstart.picture import Curve, Shares, draw, smooth
-from weft.quickstart.report import bits_table, next_commands, share_facts, tell_share
+from weft.quickstart.report import bits_table, next_commands, share_facts, stages_table
 from weft.quickstart.sampling import choose_prompts, take_beginnings
 from weft.quickstart.settings import Judging, Settings
 
@@ -20,6 +20,31 @@ def test_the_table_goes_from_the_most_expensive_to_the_cheapest():
     assert bits_table(report)[3][0] == "this model, 5,000,000 parameters"
 
 
+def test_the_stages_stand_side_by_side():
+    shares = {"before": ParseShare(3, 5, 8), "after": ParseShare(4, 8, 8, 3, 10, 2, 9), "reinforced": ParseShare(6, 8, 8, 6, 8, 6, 12)}
+    report = {
+        "parse_share": {stage: share_facts(share) for stage, share in shares.items()},
+        "bits_per_byte": 1.5,
+        "bits_per_byte_fine_tuned": 1.6,
+        "bits_per_byte_reinforced": 1.7,
+        "reinforcement": {"kl": 3.21},
+    }
+    heads, rows = stages_table(report)
+    assert heads == ["pretrained", "fine-tuned", "reinforced"]
+    assert rows[0] == ["sampled functions that parse", "38% (14 to 69%)", "50% (22 to 78%)", "75% (41 to 93%)"]
+    assert [row[1:] for row in rows[1:]] == [
+        ["0%", "75%", "100%"],
+        ["0%", "20%", "75%"],
+        ["0.0", "2.2", "2.0"],
+        ["1.500", "1.600", "1.700"],
+        ["", "0", "3.2"],
+    ]
+    two = {**report, "parse_share": {stage: report["parse_share"][stage] for stage in ("before", "after")}}
+    assert stages_table(two)[0] == ["pretrained", "fine-tuned"]
+    assert all(len(row) == 3 for row in stages_table(two)[1])
+    assert stages_table({"parse_share": {}}) == ([], [])
+
+
 def test_next_commands_are_quoted_for_a_shell():
     report = {"out": "my runs/it's", "corpus": {"kind": "text"}, "corpus_folder": "my texts"}
     commands = next_commands(report)
@@ -27,11 +52,7 @@ def test_next_commands_are_quoted_for_a_shell():
     assert "--corpus 'my texts'" in commands[2]
 
 
-def test_a_share_is_told_with_its_interval():
-    assert tell_share(share_facts(ParseShare(64, 100, 128))) == "50% (64 of 128; 41 to 59%)"
-
-
-@pytest.mark.parametrize("shares", [None, Shares(0, 5, 8)])
+@pytest.mark.parametrize("shares", [None, Shares((0, 5), 8), Shares((0, 5, 8), 8)])
 @pytest.mark.parametrize("curve", [Curve([], []), Curve([1.0], [3.0]), Curve(range(1, 99), np.linspace(8, 1.5, 98).tolist(), [50], [2])])
 def test_the_picture_is_a_png_whatever_there_is_to_show(shares, curve):
     pytest.importorskip("matplotlib")
