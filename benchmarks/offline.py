@@ -1,8 +1,8 @@
 """What tuning on records gives a real model: a classifier's accuracy with and without the auxiliary loss, and what preferences teach.
 
-    python benchmarks/offline.py classify sst2-train.tsv sst2-dev.tsv     some 20 minutes a loss on two idle cores
-    python benchmarks/offline.py reward pairs.jsonl                       some 15 minutes
-    python benchmarks/offline.py dpo pairs.jsonl --text wikitext2.txt     some 20 minutes, and 6 for each reading of the text
+    python benchmarks/offline.py classify sst2-train.tsv sst2-dev.tsv     with SmolLM2-135M, tens of minutes each on two cores
+    python benchmarks/offline.py reward pairs.jsonl
+    python benchmarks/offline.py dpo pairs.jsonl --text wikitext2.txt
     python benchmarks/offline.py dpo pairs.jsonl --train 8 --held-out 4   whether it runs
 
 The recipes are those of `recipes/`, from the model that `--model` names (a pulled one, a folder or a GGUF file); `--set key=value` changes
