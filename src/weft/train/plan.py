@@ -75,7 +75,8 @@ def make_plan(recipe: Recipe) -> Plan:
 def _find_data(recipe: Recipe) -> DataSpec:
     data = parse_data(recipe.data)
     for source in data.sources:
-        if not Path(source.path).exists() and not is_hub_name(source.path):
+        on_hub = recipe.objective.type != "next_token" and is_hub_name(source.path)
+        if not Path(source.path).exists() and not on_hub:
             raise UserError(
                 f"there is no data at {source.path}; give a folder made by `weft data prepare`, or text, JSONL or Parquet files."
             )

@@ -104,6 +104,19 @@ def test_noise_is_uniform_over_what_the_documents_length_allows_and_only_in_trai
     assert losses[0] != SFT().loss({POLICY: model}, batch)[0]["sft"].sum.item()
 
 
+def test_gradient_checkpointing_changes_nothing():
+    batch, found = _batch("best_fit"), []
+    for again, seed in ((False, 0), (True, 0), (True, 1)):
+        model = _model(dropout={"embed": 0.1, "attention": 0.1, "residual": 0.1}).train()
+        model.gradient_checkpointing = again
+        torch.manual_seed(seed)
+        SFT(SFTSettings(neftune=5.0)).loss({POLICY: model}, batch)[0]["sft"].sum.backward()
+        found.append(dict(cases.gradients(model)))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=0, atol=1e-10)
+    assert (found[2]["embed.weight"] - found[0]["embed.weight"]).abs().max() > 1e-3, "negative control: other noise"
+
+
 def test_a_documents_length_does_not_depend_on_its_packing():
     lengths = {}
     for mode in ("pad", "best_fit"):
