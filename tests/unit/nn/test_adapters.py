@@ -251,7 +251,7 @@ def test_two_of_several_adapters_side_by_side_equal_each_alone():
         assert isinstance(linear.adapter, SeveralLoRA)
         x = torch.randn(4, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         pairs = [each.get("blocks.0.mixer.qkv") for each in factors.values()]
-        shared.chosen = step.adapters
+        shared.begin(step)
         torch.testing.assert_close(linear(x), naive_several(x, _bare(linear), pairs, [1, 0, 2, 1]), rtol=0, atol=1e-12)
 
 

@@ -53,6 +53,7 @@ class LoRAAdapter(nn.Module):
             )
             for place in self.places
         )
+        self._own = tuple(self.parameters())
         self._kept: tuple[Any, Factors] | None = None
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
@@ -89,7 +90,7 @@ class LoRAAdapter(nn.Module):
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             self._kept = None
             return self._make_factors(linear, dtype)
-        key = (dtype, *((id(p), p.device, 0 if p.is_inference() else p._version) for p in self.parameters()))
+        key = (dtype, [0 if p.is_inference() else p._version for p in self._own], self._own[0].device)
         if self._kept is None or self._kept[0] != key:
             self._kept = key, self._make_factors(linear, dtype)
         return self._kept[1]

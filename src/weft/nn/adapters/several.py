@@ -18,12 +18,16 @@ class SeveralLoRA(nn.Module):
     the same bits whatever its company, where a product has (`affine`).
     """
 
+    a: Tensor
+    b: Tensor
+    gates: Tensor
+
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor] | None], linear: Linear, shared: Adapters) -> None:
         """factors: A [r, in] and factor B [out, r] of each adapter, None for one that leaves this map alone."""
         super().__init__()
         self.shared = shared
         there = [pair for pair in factors if pair is not None]
-        ranks = [0 if pair is None else pair[0].shape[0] for pair in factors]
+        self.ranks = ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in factors)
         self.register_buffer("a", torch.cat([a for a, _ in there]), persistent=False)
         self.register_buffer("b", torch.cat([b for _, b in there], 1), persistent=False)
         owner = torch.repeat_interleave(torch.arange(1, len(ranks) + 1), torch.tensor(ranks))
@@ -32,12 +36,10 @@ class SeveralLoRA(nn.Module):
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         y = affine(x, linear.weight, linear.bias)
-        chosen = self.shared.chosen
-        if self.shared.off or chosen is None:
+        if self.shared.off or self.shared.chosen is None:
             return y
-        gate = self.get_buffer("gates")[chosen]
-        z = affine(x, self.get_buffer("a")) * gate.view(-1, *[1] * (x.dim() - 2), gate.shape[1])
-        return y + affine(z, self.get_buffer("b"))
+        z = affine(x, self.a) * self.shared.gate(self.ranks, self.gates)
+        return y + affine(z, self.b)
 
 
 def naive_several(x: Tensor, linear: Linear, factors: Sequence[tuple[Tensor, Tensor] | None], chosen: Sequence[int]) -> Tensor:

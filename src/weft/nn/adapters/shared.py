@@ -43,10 +43,17 @@ class Adapters:
         self.names: tuple[str, ...] = ()
         self.off = False
         self.chosen: Tensor | None = None
+        self._gates: dict[tuple[int, ...], Tensor] = {}
 
     def begin(self, step: Step) -> None:
         """A pass begins: take note of which rows have which adapter, [B] int64, 0 for none of them and k for `names[k - 1]`."""
-        self.chosen = step.adapters if self.names else None
+        self.chosen, self._gates = step.adapters if self.names else None, {}
+
+    def gate(self, layout: tuple[int, ...], gates: Tensor) -> Tensor:
+        """Of a pass: the rows of gates [adapters + 1, R] that its rows chose, as [B, 1, R]. Maps of one layout share them."""
+        if layout not in self._gates:
+            self._gates[layout] = gates[self.chosen][:, None]
+        return self._gates[layout]
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
