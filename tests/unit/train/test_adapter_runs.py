@@ -1,6 +1,7 @@
 """Recipes with an adapter: what they train and save, that they go on bit for bit, and what they refuse."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,18 @@ def test_a_classifier_is_trained_through_an_adapter_and_trained_further(place):
     second = tensors(place / "classes further" / "last")
     assert first.keys() == second.keys()
     assert not any(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("form", ["lora", "prefix"])
+def test_a_preference_run_begins_at_its_reference(form, place):
+    """The policy without its adapter, or, where there are virtual tokens, a copy of it."""
+    words = [("weft", "warp"), ("loom", "thread"), ("over", "under")]
+    lines = [{"prompt": f"the {a}", "chosen": f" crosses {i}", "rejected": f" and {b}"} for i in range(6) for a, b in words]
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = {"data": {"sources": [str(place / "pairs.jsonl")], "valid": 0.2}, "objective": "dpo", "batch": {"rows": 6}, "dtype": "float32"}
+    out = f"dpo {form}"
+    train(place, out, adapter={**FORMS[form], **({"dropout": 0.0} if form == "lora" else {})}, **given)
+    rows = [json.loads(line) for line in (place / out / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    assert held_out[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert held_out[-1] != held_out[0]
