@@ -190,8 +190,8 @@ class _Job:
         run = place.run_folder("reinforce", content_key(key, place.out))
 
         def work() -> Facts:
-            if tuned["skipped"]:
-                return {"skipped": "there is no fine-tuned model", "card": None}
+            if reason := self._no_reinforcement_because(tuned):
+                return {"skipped": reason, "card": None}
             self.reporter.advance(0, None, "choosing prompts")
             tokenizer = tokenizer_of(place)
             count = write_prompts(collect_pairs(material, settings)[0], settings, tokenizer, place.prompts)
@@ -212,7 +212,16 @@ class _Job:
                 f"{facts['kl']:.1f} nats an answer from the fine-tuned model"
             )
 
-        return self._step("reinforce", "reinforcing", key, work, tell, [] if tuned["skipped"] else [place.reinforced])
+        outputs = [] if self._no_reinforcement_because(tuned) else [place.reinforced]
+        return self._step("reinforce", "reinforcing", key, work, tell, outputs)
+
+    def _no_reinforcement_because(self, tuned: Facts) -> str:
+        seconds = 60 * self.options.minutes * self.settings.reinforcing.share
+        if tuned["skipped"]:
+            return "there is no fine-tuned model"
+        if self.settings.steps is None and seconds < self.settings.reinforcing.least_seconds:
+            return f"{seconds:.1f} seconds are too few for it; raise --minutes"
+        return ""
 
     def _measure(self, material: Material, tokens: Facts, tuned: Facts, reinforced: Facts) -> Facts:
         key = content_key(tuned["key"], reinforced["key"], material.key)

@@ -80,6 +80,7 @@ class Reinforcing:
     """GRPO with the parser as judge, on prompts of the training side whose function has parameters to read.
 
     share    of the pretraining minutes.      rows, samples   prompts of a step, and answers to each.
+    least_seconds   below which there is no time for the few steps that would be timed.     fewest   prompts, likewise.
     parses   what a body is worth that parses and reads no parameter.      beta   price of a nat of divergence from the fine-tuned model.
     """
 
@@ -92,6 +93,7 @@ class Reinforcing:
     beta: float = 0.06
     parses: float = 0.1
     fewest: int = 50
+    least_seconds: float = 20.0
 
 
 @dataclass(frozen=True)
