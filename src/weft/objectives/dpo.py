@@ -60,9 +60,9 @@ class DPO:
     def loss(self, models: Models, batch: ComparedBatch) -> tuple[dict[str, Term], dict[str, Term]]:
         settings, texts = self.settings, batch.texts
         with reference_in(models) as reference:
-            before = answer_log_probs(reference, read_texts(reference, texts).output, texts)
+            before = summed_log_probs(reference, read_texts(reference, texts).output, texts)
         output, valid = read_texts(models[POLICY], texts)
-        after = answer_log_probs(models[POLICY], output, texts)
+        after = summed_log_probs(models[POLICY], output, texts)
         ratios, tokens = after - before, texts.mask.sum(1)
         chosen, rejected = ratios[batch.chosen], ratios[batch.rejected]
         if settings.loss == "ipo":
@@ -84,7 +84,7 @@ class DPO:
         return {**terms, **self.auxiliary.terms(output.aux, valid)}, metrics
 
 
-def answer_log_probs(model: Model, output: Output, texts: TextRows) -> Tensor:
+def summed_log_probs(model: Model, output: Output, texts: TextRows) -> Tensor:
     """log P(answer | prompt) of each row, [R]: the sum over the tokens that its mask scores.
 
     Only those go through the head, which is a fifth of a small model's operations; a compiler, to which their number would be a new shape
