@@ -69,7 +69,8 @@ def _sweep(hidden: Tensor, head: Head, targets: Tensor, temperature: float, entr
     """Log-probabilities, entropies (empty where not asked for) and log-partition functions, [N] each."""
     narrow = _narrow(hidden)
     wide = torch.float64 if narrow == torch.float64 else torch.float32
-    values, entropies, partitions = [], [hidden.new_empty(0, dtype=wide)], []
+    none = hidden.new_empty(0, dtype=wide)  # there may be no token at all
+    values, entropies, partitions = [none], [none], [none]
     with torch.autocast(hidden.device.type, enabled=False):
         weight, bias = head.weight.to(narrow), None if head.bias is None else head.bias.to(narrow)
         for start in range(0, hidden.shape[0], chunk):

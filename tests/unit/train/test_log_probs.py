@@ -83,6 +83,14 @@ def test_without_gradients_the_values_are_the_same():
     assert torch.equal(found.log_probs, linear_log_probs(hidden, head, targets, chunk=10).log_probs.detach())
 
 
+def test_no_token_has_no_log_probability():
+    hidden, weight = drawn(7, 0, 4).requires_grad_(), drawn(8, 11, 4).requires_grad_()
+    found = linear_log_probs(hidden, Head(weight), torch.zeros(0, dtype=torch.long), entropy=True)
+    assert found.log_probs.shape == found.entropy.shape == (0,)
+    found.log_probs.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
 def diverged(compute, divergence: Divergence, softcap: float | None = None, bias: bool = True, **more) -> list[torch.Tensor]:
     hidden, head, _ = case(bias, softcap)
     teacher = Side(drawn(9, TOKENS, 7), Head(drawn(10, IDS, 7), drawn(11, IDS), 6.0))
