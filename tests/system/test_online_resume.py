@@ -66,3 +66,19 @@ def test_a_killed_run_goes_on_bit_for_bit(host):
         one, other = (load_file(out / "last" / name) for out in (straight, killed))
         assert all((one[key] == other[key]).all() for key in one)
     assert not (one["model.embed_tokens.weight"] == load_file(straight / "last/model.safetensors")["model.embed_tokens.weight"]).all()
+
+
+def test_two_processes_write_the_answers_of_one(host):
+    grpo = [
+        "dtype=float64",
+        "steps=4",
+        "save.every=null",
+        "objective={type: grpo, rewards: {length: {most: 4}}, samples: 3, max_tokens: 6}",
+    ]
+    assert host.run("train", "recipe.yaml", *grpo, "objective.unfinished=keep", "out=one") == 0, host.output()
+    assert host.run("train", "recipe.yaml", *grpo, "objective.unfinished=keep", "out=two", processes=2) == 0, host.output()
+    one, two = (rows(host.folder / name) for name in ("one", "two"))
+    assert len(one) == len(two) > 4
+    for alone, together in zip(one, two, strict=True):
+        assert together == pytest.approx(alone, abs=1e-9)
+    assert one[-1] != pytest.approx(one[0], abs=1e-3)

@@ -67,12 +67,18 @@ def prompt_seed(seed: int, step: int, row: int) -> int:
 class PromptBatches(ExampleBatches[PromptExample, PromptBatch]):
     """Batches of prompts that know from what their answers are drawn; everything else is `ExampleBatches`.
 
+    samples     answers to each prompt; `length` is of a prompt with one.
     text        gives the rows of other data of a step, or is None.
     text_facts  what they are made of.
     """
 
+    samples: int = 1
     text: Callable[[int], PackedBatch] | None = None
     text_facts: Mapping[str, Any] | None = None
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return super().tokens_per_batch * self.samples
 
     def batch(self, step: int) -> PromptBatch:
         first = step * self.batch_size + self.rank * (self.batch_size // self.world)

@@ -64,9 +64,11 @@ class OnlineMethod(Generic[S]):
         mean = round(sum(example.num_tokens for example in train) / max(1, len(train)))
         name = ", ".join(source.label for source in plan.data.sources)
         shape = {"seed": recipe.seed, "rank": world.rank, "world": world.size}
-        # How many tokens a step has is only known when the answers are there; half of the most is what is said of the pace.
-        tokens = self.settings(plan).samples * (mean + self.settings(plan).max_tokens // 2)
-        return PromptBatches(train, collate, recipe.batch.rows, tokens, valid=valid, **shape, name=name)
+        # How long answers are is only known when they are there; half of the most is what is said of the pace.
+        length = mean + self.settings(plan).max_tokens // 2
+        batches = PromptBatches(train, collate, recipe.batch.rows, length, valid=valid, **shape, name=name)
+        batches.samples = self.settings(plan).samples
+        return batches
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
         return policy

@@ -8,9 +8,13 @@ from weft.data.answers import AnswerBatch, Answered
 from weft.data.collate import TextRows
 from weft.data.prompts import HELD_OUT, PromptBatches, collate, prompt_seed
 from weft.engine import Engine, Request, SamplingParams
+from weft.nn.adapters import adapter_parameters, adapters_off, attach
 from weft.objectives.online import answer_log_probs
 from weft.objectives.rows import read_texts
+from weft.spec.adapters import LoRA
 from weft.train.objective import POLICY
+from weft.weights.adapter_places import choose_places
+from weft.zoo import family_of
 
 
 @pytest.fixture
@@ -61,15 +65,25 @@ def test_the_policy_goes_back_to_training(tokenizer):
     assert not policy.training
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_sampler_and_the_training_pass_agree_on_every_token(tokenizer, temperature):
+@pytest.mark.parametrize(("temperature", "adapter"), [(1.0, False), (1.0, True), (0.7, False)])
+def test_the_sampler_and_the_training_pass_agree_on_every_token(tokenizer, temperature, adapter):
     batch, policy = online.prompts_of(tokenizer), online.policy_of()
+    if adapter:
+        settings = LoRA(rank=2, targets="all")
+        attach(policy, settings, choose_places(policy, family_of(policy.spec), settings), seed=1)
+        with torch.no_grad():
+            for parameter in adapter_parameters(policy).values():
+                parameter.add_(0.1)
     requests = [Request(e.ids, SamplingParams(9, 1.0, seed=s, logprobs=True)) for e, s in zip(batch.examples, batch.seeds, strict=True)]
     results = Engine(policy, tokenizer).generate(requests)
     texts = TextRows.lay([Answered(e.ids, r.ids) for e, r in zip(batch.examples, results, strict=True)])
     said = torch.tensor([each.logprob for result in results for each in result.logprobs], dtype=torch.float64)
     with torch.no_grad():
         found = answer_log_probs(policy, read_texts(policy, texts).output, texts, temperature).log_probs
+    if adapter:  # both see it: without it they are other numbers
+        with torch.no_grad(), adapters_off(policy):
+            bare = answer_log_probs(policy, read_texts(policy, texts).output, texts).log_probs
+        assert (bare - said).abs().max() > 1e-2
     if temperature == 1.0:
         torch.testing.assert_close(found, said, rtol=0, atol=1e-10)
     else:  # negative control: at another temperature they are other numbers
