@@ -30,7 +30,7 @@ def bench(
         torch.set_num_threads(max(1, threads))
 
     def engine(rows: int) -> "Engine":
-        return open_engine(model, run.device, run.dtype, rows=rows, draft=run.draft, fast=run.fast, int8_state=run.int8_state)
+        return open_engine(model, run.device, run.dtype, rows, False, None, run.draft, run.fast, run.int8_state, run.one_adapter)
 
     speed = measure(engine, prompt, new, lambda what: say(f"Measuring {what} …"))
     say(f"prompt of {prompt}     {speed.prompt_tokens_per_s:9,.0f} tokens/s   {speed.flops_share:.0%} of {speed.flops / 1e9:,.0f} GFLOP/s")

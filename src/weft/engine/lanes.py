@@ -266,8 +266,8 @@ class Lanes:
         return len(rows) if rows == tuple(range(len(rows))) else self._index(rows)
 
     def adapters_of(self, lanes: Sequence[Lane]) -> Tensor | None:
-        """Which adapter each of these lanes' rows has, as `Step.adapters`."""
-        return self._index(tuple(lane.adapter for lane in lanes)) if self.has_adapters else None
+        """Which adapter each of these lanes' rows has, as `Step.adapters`; None where none has one, so that nothing is multiplied."""
+        return self._index(tuple(lane.adapter for lane in lanes)) if any(lane.adapter for lane in lanes) else None
 
     def _index(self, rows: tuple[int, ...]) -> Tensor:
         if rows not in self._indices:
