@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from weft.objectives import cross_entropy
 from weft.objectives.cross_entropy import Head, Smoothing, Sums, linear_cross_entropy, naive_cross_entropy
 
 TOKENS, DIM, IDS = 77, 12, 53
@@ -57,6 +58,23 @@ def test_the_mask_decides_what_counts():
     torch.randint(IDS, (TOKENS,), generator=generator)
     mask = torch.rand(TOKENS, generator=generator) > 0.4
     assert torch.equal(hidden.abs().sum(-1) > 0, mask)
+
+
+def test_only_tokens_that_count_go_through_the_head(monkeypatch):
+    seen, sweep = [], cross_entropy._sweep
+
+    def counting(hidden, *more):
+        seen.append(len(hidden))
+        return sweep(hidden, *more)
+
+    monkeypatch.setattr(cross_entropy, "_sweep", counting)
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(11, 4)
+    for counted in (4, 9, 0):
+        mask = torch.arange(9) >= 9 - counted
+        hidden.grad = None
+        linear_cross_entropy(hidden, Head(weight), torch.arange(9), mask).loss.backward()
+        assert torch.equal(hidden.grad.abs().sum(-1) > 0, mask)
+    assert seen == [4, 9, 1]
 
 
 def test_plain_nll_is_torchs_cross_entropy_and_is_not_smoothed():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.nn.adapters.product import adapted_product
 from weft.nn.adapters.shared import Adapters, Place, working_dtype
 from weft.nn.linear import Linear, affine, row_squares
 from weft.spec.adapters import LoRA as LoRASettings
@@ -57,6 +58,10 @@ class LoRAAdapter(nn.Module):
         self._kept: tuple[Any, Factors] | None = None
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
+        if self._in_one_step and not self.shared.off:
+            factors = [(change.a, change.b) for change in self.changes if isinstance(change, Change)]
+            rows = [(place.start, place.start + place.rows) for place in self.places]
+            return adapted_product(x.to(working_dtype(x)), linear.weight, linear.bias, factors, rows, self.settings.factor)
         y = affine(x, linear.weight, linear.bias)
         if self.shared.off:
             return y
@@ -67,6 +72,13 @@ class LoRAAdapter(nn.Module):
             return y
         scaled = y * gain
         return scaled if linear.bias is None else scaled - (gain - 1) * linear.bias
+
+    @property
+    def _in_one_step(self) -> bool:
+        """Whether this is a pass of plain LoRA in training, outside a compiler's trace, which makes one step of the parts by itself."""
+        settings = self.settings
+        plain = not settings.dora and not (settings.dropout and self.training)
+        return plain and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def fused(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [R, in] and factor B [out, R] of all changes together, R the sum of their ranks."""
