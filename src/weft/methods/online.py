@@ -11,7 +11,7 @@ from weft.data.record_kinds import Prompt
 from weft.errors import UserError
 from weft.methods.frozen import check_frozen, open_frozen
 from weft.methods.method import Place, Setup
-from weft.methods.records import read_split
+from weft.methods.records import encoded, read_split
 from weft.nn import Model
 from weft.objectives.grpo import GRPO
 from weft.objectives.online import REWARD
@@ -124,22 +124,26 @@ def tokenizer_of(plan: Plan) -> Tokenizer:
 
 
 def prompt_examples(records: Sequence[Prompt], plan: Plan, max_tokens: int) -> list[PromptExample]:
-    """Prompts as ids; raises UserError where one leaves too little of a row to answer in."""
+    """Prompts as ids. One that leaves too little of a row to answer in is refused, or left out where the recipe says `data.drop_bad`."""
     encoder = RecordEncoder(tokenizer_of(plan))
-    found = [PromptExample(encoder.prompt(each.prompt, each.origin), each.prompt, each.origin, dict(each.facts)) for each in records]
-    longest = max((example.num_tokens for example in found), default=0)
     room = plan.length - max_tokens
+
+    def example(record: Prompt) -> PromptExample:
+        found = PromptExample(encoder.prompt(record.prompt, record.origin), record.prompt, record.origin, dict(record.facts))
+        if not found.num_tokens:
+            raise UserError(f"{record.origin}: the prompt has no tokens; write one, or drop the record.")
+        return found
+
+    found = encoded(plan, records, example)
     over = [example for example in found if example.num_tokens > room]
-    if over:
+    if over and (len(over) == len(found) or not plan.data.drop_bad):
+        longest = max(example.num_tokens for example in over)
         raise UserError(
             f"{over[0].origin}: the prompt has {over[0].num_tokens} tokens, and {max_tokens} of a row's {plan.length} are for the answer "
             f"({len(over)} of {len(found)} prompts are too long); set batch.length to {longest + max_tokens}, lower "
-            "objective.max_tokens, or drop the record."
+            "objective.max_tokens, or leave such prompts out with data.drop_bad=true."
         )
-    empty = next((example for example in found if not example.num_tokens), None)
-    if empty is not None:
-        raise UserError(f"{empty.origin}: the prompt has no tokens; write one, or drop the record.")
-    return found
+    return [example for example in found if example.num_tokens <= room]
 
 
 def check_updates(plan: Plan, samples: int, minibatches: int) -> None:

@@ -134,11 +134,7 @@ def row_metrics(rows: AnswerBatch, names: Sequence[str] = ()) -> Terms:
 
 def answer_log_probs(model: Model, output: Output, texts: TextRows, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
     """Log-probabilities [n] of the tokens of answers, row after row, at the places that `texts.mask` marks."""
-    hidden, targets = output.hidden[texts.mask], texts.targets[texts.mask]
-    if not len(targets):  # a micro-batch whose answers are all left out
-        nothing = hidden.sum(-1).float()
-        return LogProbs(nothing, nothing.detach() if entropy else None)
-    return linear_log_probs(hidden, head_of(model), targets, temperature, entropy)
+    return linear_log_probs(output.hidden[texts.mask], head_of(model), texts.targets[texts.mask], temperature, entropy)
 
 
 def answer_values(critic: Model, output: Output, texts: TextRows) -> Tensor:
