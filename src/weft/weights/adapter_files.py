@@ -131,12 +131,8 @@ def put_adapter(model: Model, stored: StoredAdapter, family: Family, base: str |
     Raises UserError where it is an adapter for another model, and where its file is damaged. The model is then as it was.
     """
     named = naming_family(model.spec, family)
-    known, found = stored.facts.get("base"), identity(model)
-    if known is not None and known != found:
-        raise UserError(
-            f"{stored.path} is an adapter for another model ({stored.base or 'not named'}): the weights of this one are not those it was "
-            "trained upon. Give the model that its adapter_config.json names."
-        )
+    found = identity(model)
+    _check_base(stored, found)
     attach(model, stored.settings, _places(model, stored, named))
     assert model.adapters is not None
     model.adapters.family, model.adapters.base, model.adapters.identity = named.name, base or stored.base, found
@@ -175,6 +171,15 @@ def put_adapters(model: Model, stored: Mapping[str, StoredAdapter], family: Fami
     return model.requires_grad_(False)
 
 
+def _check_base(stored: StoredAdapter, found: str | None) -> None:
+    """Raise UserError where an adapter says upon what it was trained, and that was something else."""
+    if stored.facts.get("base") not in (None, found):
+        raise UserError(
+            f"{stored.path} is an adapter for another model ({stored.base or 'not named'}): the weights of this one are not those it was "
+            "trained upon. Give the model that its adapter_config.json names."
+        )
+
+
 def _places(model: Model, stored: StoredAdapter, family: Family) -> tuple[Place, ...]:
     if not isinstance(stored.settings, LoRA | IA3):
         return ()
@@ -190,7 +195,9 @@ def _places(model: Model, stored: StoredAdapter, family: Family) -> tuple[Place,
 
 
 def fill_adapter(model: Model, stored: StoredAdapter) -> None:
-    """Fill the adapter of a model from a folder of the same form. Raises UserError where tensors are missing, superfluous or misshapen."""
+    """Fill the adapter of a model from a folder of the same form. Raises UserError where it is for another model, and where tensors are
+    missing, superfluous or misshapen."""
+    _check_base(stored, model.adapters.identity if model.adapters is not None else None)
     ours, rules = stored_parameters(model), adapter_rules(model)
     expected = {rule.source.name: rule for rule in rules}
     what = f"{stored.path} is an adapter for another model, or damaged"

@@ -17,6 +17,7 @@ from weft.errors import UserError
 from weft.nn.adapters import adapters_off, has_adapter
 from weft.quant.model import quantize
 from weft.spec import Quant
+from weft.tokenizer import load_tokenizer
 from weft.train.assemble import open_job, run_recipe
 from weft.train.callbacks import Callback
 from weft.train.matrices import trained_weights
@@ -252,3 +253,15 @@ def test_a_preference_run_begins_at_its_reference(form, place):
     held_out = [row["valid_loss"] for row in rows if "valid_loss" in row]
     assert held_out[0] == pytest.approx(math.log(2), abs=1e-6)
     assert held_out[-1] != held_out[0]
+
+
+def test_a_run_is_not_resumed_on_a_base_that_has_changed(place):
+    moved, tokenizer = load_model(place / "base" / "last"), load_tokenizer(place / "tok")
+    save_model(moved.model, place / "moved", tokenizer)
+    with pytest.raises(Killed):
+        train(place, "upon", model=str(place / "moved"), adapter=FORMS["lora"], callbacks=[KillAt(4)])
+    with torch.no_grad():
+        moved.model.norm.weight += 0.5
+    save_model(moved.model, place / "moved", tokenizer)
+    with pytest.raises(UserError, match="the weights of this one are not those it was trained upon"):
+        train(place, "upon", model=str(place / "moved"), adapter=FORMS["lora"])
