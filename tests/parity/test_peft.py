@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from hf_cases import deepseek
 
 from weft.errors import UserError
 from weft.nn import add_score
@@ -239,3 +240,30 @@ def test_an_adapter_made_on_files_of_one_kind_fits_the_model_in_another(folder, 
             assert float((given - expected).abs().max()) < tolerance, kind
             bare = our_logits(load_weights(checkpoint.base, dtype=torch.float32, packed=packed))
             assert float((bare - expected).abs().max()) > 3 * tolerance
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_rows_that_files_order_otherwise_are_put_in_order(dora, tmp_path):
+    """DeepSeek's files have a rotated pair's channels side by side, and Weft half a head apart: so has an adapter's second factor."""
+    config = deepseek("DeepseekV3", q_lora_rank=15, n_group=4, topk_group=2)()
+    torch.manual_seed(3)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    targets = ["q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM"),
+    ).eval()
+    disturbed(parameter for parameter in model.parameters() if parameter.requires_grad)
+    model.save_pretrained(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs")
+    ids = TOKENS % config.vocab_size
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(loaded.model(ids).logits, expected, rtol=0, atol=TOLERANCE)
+        again = save_model(loaded.model, tmp_path / "ours")
+        first, second = (read_adapter(path).files for path in (tmp_path / "theirs", again))
+        for name in first.names:
+            assert torch.equal(first.read(name), second.read(name)), name
+        change = loaded.model.blocks[0].mixer.q_up.adapter.changes[0].b
+        change.copy_(change.flip(0))  # the order matters
+        assert float((loaded.model(ids).logits - expected).abs().max()) > 1e-3
