@@ -21,7 +21,8 @@ def load_quantised(checkpoint: Checkpoint, quant: Quant, device: str | torch.dev
     """
     if checkpoint.spec.quant is not None:
         raise UserError(f"{checkpoint.path} is quantised to {checkpoint.spec.quant.type} already; give the model it was made from.")
-    plain = build(checkpoint.spec, "meta", dtype)
+    # What is rounded is read in float32 whatever the rest is kept in: in fewer bits some weights would fall to another level.
+    plain = build(checkpoint.spec, "meta", torch.float64 if dtype == torch.float64 else torch.float32)
     spec = ModelSpec.model_validate({**checkpoint.spec.model_dump(), "quant": quant})
     model = materialise(build(spec, "meta", dtype), device)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}

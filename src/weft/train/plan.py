@@ -137,6 +137,10 @@ def _check_adapter(plan: Plan) -> None:
         )
     if adapter is None:
         return
+    if quantised and plan.recipe.quantize is not None and checkpoint is not None:
+        raise UserError(
+            f"quantize is given but {checkpoint.path} is quantised already; leave quantize out, or give the model it was made from."
+        )
     if checkpoint is None:
         raise UserError(
             f"adapter is {adapter.type} but the model has no weights yet, and an adapter alone teaches nothing to a model drawn at random; "

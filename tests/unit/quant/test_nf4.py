@@ -156,6 +156,10 @@ def test_a_model_is_read_in_fewer_bits_as_it_would_be_rounded_whole(tmp_path, qu
         assert name == other_name
         assert torch.equal(one, other), name
     assert sum(isinstance(module, PackedWeight) for module in read.modules()) == 9
+    narrow = load_quantised(checkpoint, quant, dtype=torch.bfloat16)
+    for one, other in zip(narrow.modules(), read.modules(), strict=True):
+        assert not isinstance(one, PackedWeight) or torch.equal(one.dequantise(), other.dequantise())
+    assert narrow.norm.weight.dtype == torch.bfloat16
     save_model(read, tmp_path / "packed")
     loaded = load_model(tmp_path / "packed")
     assert loaded.spec.quant == quant

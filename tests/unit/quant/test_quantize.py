@@ -35,7 +35,10 @@ def error(weight, codes, quant, inputs):
     return ((packed.dequantise() - weight) @ inputs.T).square().mean().item()
 
 
-@pytest.mark.parametrize("quant", [Quant(type="int8"), Quant(type="int4"), Quant(type="int4", minimum=True), Quant(type="nf4")])
+FORMS = [Quant(type="int8"), Quant(type="int4"), Quant(type="int4", minimum=True), Quant(type="nf4"), Quant(type="nf4", double=True)]
+
+
+@pytest.mark.parametrize("quant", FORMS)
 def test_compensation_beats_rounding_on_inputs_that_hang_together(quant):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 64, generator=generator)

@@ -9,6 +9,7 @@ from weft.errors import UserError
 from weft.nn import build
 from weft.nn.packed import PackedWeight
 from weft.nn.packed_nf4 import DoubleNF4Weight
+from weft.quant import quantize
 from weft.spec import Quant
 from weft.tokenizer import load_tokenizer
 from weft.train.assemble import open_job, run_recipe
@@ -94,6 +95,15 @@ def test_a_run_goes_on_exactly_with_compile_off_and_checkpointing_on(inputs, mon
     assert all(torch.equal(one[name], other[name]) for name in one)
     control = run_recipe(qlora(inputs, "control", "quantize=null"))
     assert control["loss"] != read_metrics(inputs / "straight/metrics.jsonl")[-1].get("loss")
+
+
+def test_a_base_that_is_quantised_already_is_trained_upon_as_it_is(inputs):
+    model = quantize(build(cases.spec_of(**SIZES), seed=1), Quant(type="nf4", double=True))
+    save_model(model, inputs / "small", load_tokenizer(inputs / "tok"))
+    with pytest.raises(UserError, match=r"quantize is given but .*small is quantised already"):
+        make_plan(qlora(inputs, "run", f"model={inputs / 'small'}"))
+    own, made = (run_recipe(qlora(inputs, out, *more)) for out, more in (("a", (f"model={inputs / 'small'}", "quantize=null")), ("b", ())))
+    assert own["loss"] == pytest.approx(made["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
