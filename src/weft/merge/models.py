@@ -57,9 +57,13 @@ class Models:
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self.checkpoints = [open_checkpoint(path) for path in paths]
         first = self.checkpoints[0]
-        for checkpoint in self.checkpoints:
-            if checkpoint.quant is not None and checkpoint.spec.quant is not None:
-                raise UserError(f"{checkpoint.path} is quantised to {checkpoint.quant.type}; merge the models that were quantised instead.")
+        for given, checkpoint in zip(paths, self.checkpoints, strict=True):
+            if checkpoint.adapter is not None:
+                raise UserError(
+                    f"{given} is an adapter, whose factors mean nothing apart; `weft merge adapter {given}` makes a model of it first."
+                )
+            if checkpoint.spec.quant is not None:
+                raise UserError(f"{given} is quantised to {checkpoint.spec.quant.type}; merge the models that were quantised instead.")
             if difference := first_difference(canonical(first.spec), canonical(checkpoint.spec)):
                 where, one, other = difference
                 raise UserError(

@@ -9,6 +9,7 @@ import torch
 
 from weft.errors import UserError
 from weft.merge.adapter import merge_into_base
+from weft.merge.models import Models
 from weft.nn import build
 from weft.quant import quantize
 from weft.spec import Quant, model_spec
@@ -94,6 +95,12 @@ def test_a_base_in_4_bits_is_refused_unless_it_is_forced(tmp_path, quant):
     assert made.kl < 1e-8
     assert open_checkpoint(tmp_path / "out").spec.quant is None
     assert made.moved > 1e-3
+
+
+def test_adapters_are_not_averaged(tmp_path):
+    adapter = trained(tmp_path)
+    with pytest.raises(UserError, match="is an adapter, whose factors mean nothing apart"):
+        Models([adapter, adapter])
 
 
 def test_a_base_in_8_bits_is_written_out(tmp_path):
