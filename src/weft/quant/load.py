@@ -17,7 +17,8 @@ from weft.weights.map import TensorReader, stored_state
 def load_quantised(checkpoint: Checkpoint, quant: Quant, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model of a checkpoint with its matrices in the form `quant` says, to the nearest level; `dtype` is that of the rest.
 
-    Raises UserError for a model that is quantised already in Weft's own format, and as `load_weights` does.
+    Raises UserError for a model that is quantised already in Weft's own format, for one that this form has no place in, and as
+    `load_weights` does.
     """
     if checkpoint.spec.quant is not None:
         raise UserError(f"{checkpoint.path} is quantised to {checkpoint.spec.quant.type} already; give the model it was made from.")
@@ -26,6 +27,11 @@ def load_quantised(checkpoint: Checkpoint, quant: Quant, device: str | torch.dev
     spec = ModelSpec.model_validate({**checkpoint.spec.model_dump(), "quant": quant})
     model = materialise(build(spec, "meta", dtype), device)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    if not any(name.startswith("blocks.") for name in packed):
+        raise UserError(
+            f"no matrix inside the layers of {checkpoint.path} has rows of a multiple of {quant.group} weights, so none can be stored in "
+            f"{quant.type}; leave quantize out."
+        )
     rest = stored_state(model)
     prefix = "" if checkpoint.is_gguf else checkpoint.family.prefix
     reader = TensorReader(stored_state(plain), checkpoint.rules(plain), checkpoint.files, prefix, str(checkpoint.path))

@@ -170,6 +170,14 @@ def test_a_model_is_read_in_fewer_bits_as_it_would_be_rounded_whole(tmp_path, qu
         load_quantised(open_checkpoint(tmp_path / "packed"), quant)
 
 
+def test_a_model_whose_rows_do_not_divide_is_refused(tmp_path):
+    narrow = {"dim": 32, "layers": [{**SPEC["layers"][0], "channel": {"type": "gated", "hidden": 96}}]}
+    save_model(build(model_spec({**SPEC, **narrow}), seed=4), tmp_path / "model")
+    with pytest.raises(UserError, match=r"no matrix inside the layers of .* has rows of a multiple of 64 weights"):
+        load_quantised(open_checkpoint(tmp_path / "model"), DOUBLE)
+    assert load_quantised(open_checkpoint(tmp_path / "model"), Quant(type="nf4")).spec.quant is not None
+
+
 def test_gradients_of_a_quantised_model_are_those_of_the_same_matrices_in_float():
     made = quantize(build(model_spec(SPEC), seed=4), DOUBLE).to(torch.float64)
     tokens = torch.arange(40).view(2, 20)
