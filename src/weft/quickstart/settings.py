@@ -85,13 +85,13 @@ class Reinforcing:
     """
 
     share: float = 0.6
-    rows: int = 4
+    rows: int = 8
     samples: int = 16
     length: int = 256
     max_tokens: int = 128
     lr: float = 2e-4
-    beta: float = 0.06
-    parses: float = 0.1
+    beta: float = 0.04
+    parses: float = 0.05
     fewest: int = 50
     least_seconds: float = 20.0
 

@@ -82,6 +82,7 @@ def reinforcing_recipe(options: Options, settings: Settings, model: Path, tokeni
             "samples": chosen.samples,
             "max_tokens": chosen.max_tokens,
             "beta": chosen.beta,
+            "in_flight": chosen.rows * chosen.samples,
             "unfinished": "keep",
         },
         "batch": {"rows": chosen.rows, "length": chosen.length, "micro": min(32, chosen.rows * chosen.samples)},

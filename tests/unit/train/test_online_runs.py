@@ -190,3 +190,14 @@ def test_gsm8k_as_it_is_published(tmp_path):
 def test_the_recipe_of_an_online_run_reads_back(tmp_path):
     read = recipe(online.write_run(tmp_path, **KINDS["ppo"]))
     assert recipe(yaml.safe_load(read.to_yaml())) == read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_rewarded_is_written_more_often(tmp_path, kind):
+    data = online.write_run(tmp_path, **{**KINDS[kind], "samples": 8, "target": None, "epochs": 2} if kind == "ppo" else KINDS[kind])
+    (tmp_path / "judge.py").write_text("def score(answer):\n    return sum(c in 'aeiou ' for c in answer.text) / 6\n")
+    objective = {key: value for key, value in data["objective"].items() if value is not None} | {"samples": 8}
+    run(data, objective=objective, steps=16, optim={"lr": 2e-2, "schedule": "constant"}, eval={"every": 16}, save={})
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "reward" in row]
+    part = len(rewards) // 3
+    assert sum(rewards[-part:]) > 1.5 * sum(rewards[:part])
