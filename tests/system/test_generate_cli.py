@@ -172,7 +172,7 @@ def test_the_command_itself_runs(model):
 
 def test_the_flags_are_what_scripts_rely_on():
     sampling = "--temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --seed --stop"
-    shared = f"{sampling} --max-tokens --device --dtype --draft --fast --state --json --help".split()
+    shared = f"{sampling} --max-tokens --device --dtype --draft --fast --state --adapter --json --help".split()
     generate = ["--prompt", "-p", "--n", "--beams", "--length-penalty", "--logprobs", "--top-logprobs", "--no-stream"]
     generate += ["--json-schema", "--regex"]
     for verb, own in (("generate", generate), ("chat", ["--system"])):

@@ -289,7 +289,7 @@ def test_what_cannot_be_served_is_refused_before_it_starts(folder, tmp_path):
 def test_the_flags_are_what_scripts_rely_on():
     own = ["--host", "--port", "--api-key", "--cors", "--rows", "--queue", "--memory", "--timeout", "--body-limit", "--grace"]
     flags = {flag for parameter in load("serve").params for flag in parameter.opts if flag.startswith("-")}
-    assert flags | {"--help"} == {*own, "--device", "--dtype", "--draft", "--fast", "--state", "--json", "--help"}
+    assert flags | {"--help"} == {*own, "--device", "--dtype", "--draft", "--fast", "--state", "--adapter", "--json", "--help"}
 
 
 def test_a_thousand_connections_at_once(folder):
