@@ -4,6 +4,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,12 +70,12 @@ class PromptBatches(ExampleBatches[PromptExample, PromptBatch]):
 
     samples     answers to each prompt; `length` is of a prompt with one.
     text        gives the rows of other data of a step, or is None.
-    text_facts  what they are made of.
+    facts       what else the steps depend on: the other data, the files of judges.
     """
 
     samples: int = 1
     text: Callable[[int], PackedBatch] | None = None
-    text_facts: Mapping[str, Any] | None = None
+    facts: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def tokens_per_batch(self) -> int:
@@ -94,4 +95,4 @@ class PromptBatches(ExampleBatches[PromptExample, PromptBatch]):
             yield replace(found, seeds=seeds, step=HELD_OUT)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | ({} if self.text_facts is None else {"text": dict(self.text_facts)})
+        return super().describe() | dict(self.facts)

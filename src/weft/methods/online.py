@@ -9,6 +9,7 @@ from weft.data.examples import split_examples
 from weft.data.prompts import PromptBatches, PromptExample, collate
 from weft.data.record_kinds import Prompt
 from weft.errors import UserError
+from weft.files import sha256
 from weft.methods.frozen import check_frozen, open_frozen
 from weft.methods.method import Place, Setup
 from weft.methods.records import encoded, read_split
@@ -18,6 +19,7 @@ from weft.objectives.online import REWARD
 from weft.objectives.reference import REFERENCE, reference_of
 from weft.objectives.rejection import Rejection
 from weft.objectives.settings import GRPOSettings, OnlineSettings, RejectionSettings
+from weft.rewards import own_files
 from weft.tokenizer import Tokenizer
 from weft.train.job import BatchSource
 from weft.train.objective import POLICY, Objective
@@ -68,6 +70,8 @@ class OnlineMethod(Generic[S]):
         length = mean + self.settings(plan).max_tokens // 2
         batches = PromptBatches(train, collate, recipe.batch.rows, length, valid=valid, **shape, name=name)
         batches.samples = self.settings(plan).samples
+        files = own_files(self.settings(plan).rewards)
+        batches.facts = {"judges": {str(path): sha256(path) for path in files}} if files else {}
         return batches
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:

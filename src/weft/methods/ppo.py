@@ -52,7 +52,7 @@ class PPOMethod(OnlineMethod[PPOSettings]):
             def rows(step: int) -> PackedBatch:
                 return text.batch(step)
 
-            batches.text, batches.text_facts = rows, text.describe()
+            batches.text, batches.facts = rows, {**batches.facts, "text": text.describe()}
         return batches
 
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:

@@ -8,7 +8,7 @@ python          python: does the function parse, does it use its arguments
 python_source   parsing quietly
 """
 
-from weft.rewards.registry import REWARDS, Judge, open_judge
+from weft.rewards.registry import REWARDS, Judge, open_judge, own_files
 from weft.rewards.reward import Answer, Reward
 
-__all__ = ["REWARDS", "Answer", "Judge", "Reward", "open_judge"]
+__all__ = ["REWARDS", "Answer", "Judge", "Reward", "open_judge", "own_files"]

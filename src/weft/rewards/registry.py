@@ -62,6 +62,11 @@ def check_rewards(rewards: Mapping[str, Any]) -> None:
             _own_file(name)
 
 
+def own_files(rewards: Mapping[str, Any]) -> list[Path]:
+    """The files of a user's that a recipe's `rewards` name; a run goes on only while they are the same."""
+    return sorted({_own_file(name)[0] for name in rewards if OWN in name})
+
+
 def _own_file(name: str) -> tuple[Path, str]:
     file, _, function = name.rpartition(":")
     if not Path(file).is_file() or not function.isidentifier():

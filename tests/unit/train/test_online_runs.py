@@ -174,6 +174,16 @@ def test_a_reward_that_is_no_number_stops_the_run_by_name(tmp_path):
         run(data)
 
 
+def test_a_run_does_not_go_on_under_another_judge(tmp_path):
+    data = online.write_run(tmp_path, type="rejection", samples=2)
+    with pytest.raises(Stop):
+        run(data, CrashAfter(1))
+    judge = tmp_path / "judge.py"
+    judge.write_text(judge.read_text() + "# changed\n")
+    with pytest.raises(UserError, match=r"holds a run on other data: .*judges.*judge.py was"):
+        run(data)
+
+
 def test_gsm8k_as_it_is_published(tmp_path):
     data = online.write_run(tmp_path, type="grpo", samples=3)
     rows = [{"question": f"{n} and 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(12)]

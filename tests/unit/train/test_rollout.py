@@ -113,7 +113,7 @@ def test_prompts_know_their_luck_by_step_and_row():
     assert apart == set(held_out[0].seeds)
     assert len({prompt_seed(seed, step, row) for seed in (0, 1) for step in (-1, 0, 7) for row in range(4)}) == 24
     other = PromptBatches(examples, collate, 6, 10, seed=4)
-    other.text_facts = {"tokens": 3}
+    other.facts = {"tokens": 3}
     assert other.describe() != whole.describe() == PromptBatches(examples, collate, 6, 10, seed=4, valid=examples[:5]).describe()
 
 
