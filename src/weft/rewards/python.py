@@ -16,8 +16,8 @@ class PythonFunction(Reward):
     parses  what an answer has that parses and reads no parameter.
     like    a column with a body that people wrote: an answer with fewer than half of its lines is worth less in proportion, for short
             bodies parse more easily. None takes any length.
-    A body without effect (`pass`, `...`, a string, a name or a constant returned as it is, `raise NotImplementedError`) is worth 0, and so
-    is one that the model did not end: it may be a piece that parses by chance.
+    A body without effect (`pass`, `...`, a string, a name or a constant returned as it is, things set to constants and nothing else, `raise
+    NotImplementedError`) is worth 0, and so is one that the model did not end: it may be a piece that parses by chance.
     """
 
     parses: float = 0.5
@@ -91,13 +91,24 @@ def _parameters(node: _Function) -> set[str]:
 
 
 def _has_no_effect(statement: ast.stmt) -> bool:
-    """Whether a statement could stand in for a body that nobody wrote; returning a name or a constant could."""
+    """Whether a statement could stand in for a body that nobody wrote: nothing is done, or a name or a constant is returned as it is, or
+    something is set to a constant. Setting an attribute to a name, as setters do, is an effect."""
     match statement:
-        case ast.Pass():
+        case ast.Pass() | ast.Expr(value=ast.Attribute()):
             return True
         case ast.Expr(value=value) | ast.Return(value=value):
             parts = value.elts if isinstance(value, ast.Tuple | ast.List) else [value]
             return all(part is None or isinstance(part, ast.Constant | ast.Name) for part in parts)
+        case ast.Assign(targets=targets, value=value):
+            local = all(isinstance(target, ast.Name) for target in targets)
+            return _is_constant(value) or (local and isinstance(value, ast.Name))
         case ast.Raise(exc=ast.Name(id="NotImplementedError") | ast.Call(func=ast.Name(id="NotImplementedError"))):
             return True
     return False
+
+
+def _is_constant(value: ast.expr) -> bool:
+    """A constant, a sequence of such, or an empty dictionary."""
+    if isinstance(value, ast.Tuple | ast.List):
+        return all(map(_is_constant, value.elts))
+    return isinstance(value, ast.Constant) or (isinstance(value, ast.Dict) and not value.keys)

@@ -68,6 +68,9 @@ def test_text_judges():
         ("\n    return a, b\n", 0.0),
         ("\n    raise NotImplementedError('a')\n", 0.0),
         ("\n    a\n    return\n", 0.0),
+        ("\n    a.x = None\n    b = []\n    c, d = 1, 2\n", 0.0),
+        ("\n    self.x = None\n    self.y = {}\n    b = b\n    self.z\n", 0.0),
+        ("\n    self.x = a\n", 0.75),
         ("\n    pass\n    return a + b\n", 1.0),
         ("\n", 0.0),
         ("\n    return a + b\ndef g(", 1.0),  # what comes after the function does not count
