@@ -59,6 +59,7 @@ class LoRAAdapter(nn.Module):
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         if self._in_one_step and not self.shared.off:
+            self._kept = None
             factors = [(change.a, change.b) for change in self.changes if isinstance(change, Change)]
             rows = [(place.start, place.start + place.rows) for place in self.places]
             return adapted_product(x.to(working_dtype(x)), linear.weight, linear.bias, factors, rows, self.settings.factor)
