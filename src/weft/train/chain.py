@@ -92,20 +92,25 @@ def read_chain(path: str | Path, overrides: Sequence[str] = ()) -> Chain | None:
         raise UserError(f"{path}: a run of the {KEY} is called {clash}, which is a key of a recipe; give it another name.")
     own = {name: [o.removeprefix(f"{name}.") for o in overrides if o.startswith(f"{name}.")] for name in runs}
     common = [o for o in overrides if not any(o.startswith(f"{name}.") for name in runs)]
-    data = override(data, common)
-    if data.get("out") is None:
+    out = override(data, common).get("out")
+    if out is None:
         raise UserError(f"{path}: no `out` is given; add `out: …` to the recipe, or out=… to the command.")
-    keys = {o.partition("=")[0].split(".")[0] for o in common} - {"out"}
-    keys |= {"steps", "minutes"} if keys & {"steps", "minutes"} else set()
-    base = {key: value for key, value in data.items() if key != "out"}
     made = {}
     for name, run in runs.items():
-        kept = {key: value for key, value in run.items() if key not in keys or _REFERENCE.fullmatch(str(value))}
-        lengths = {"steps", "minutes"} if {"steps", "minutes"} & kept.keys() else set()
-        made[name] = override({**{key: value for key, value in base.items() if key not in lengths}, **kept}, own[name])
-    chain = Chain(str(path), Path(data["out"]), made)
+        lengths = {"steps", "minutes"} if {"steps", "minutes"} & run.keys() else set()
+        merged = {**{key: value for key, value in data.items() if key not in {"out", *lengths}}, **run}
+        wanted = [o for o in common if o.partition("=")[0] != "out" and not _names_earlier_run(merged, o.partition("=")[0])]
+        made[name] = override(override(merged, wanted), own[name])
+    chain = Chain(str(path), Path(out), made)
     chain.check()
     return chain
+
+
+def _names_earlier_run(data: Any, key: str) -> bool:
+    """Whether what stands at a dotted key is a reference such as `$sft`."""
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return isinstance(data, str) and _REFERENCE.fullmatch(data) is not None
 
 
 def _load(path: Path) -> Any:

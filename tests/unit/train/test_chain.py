@@ -62,6 +62,15 @@ def test_overrides_of_all_runs_and_of_one(tmp_path):
     assert {run.optim.lr for run in runs.values()} == {1e-5}
 
 
+def test_a_value_set_for_all_leaves_what_stands_beside_it(tmp_path):
+    own = {"optim": {"lr": 1e-3, "warmup": 4, "schedule": "cosine"}, "batch": {"rows": 8, "length": 384}}
+    runs = chain_of(tmp_path, "optim.lr=1e-5", "batch.rows=2", chain={**CHAIN["chain"], "sft": {**CHAIN["chain"]["sft"], **own}})
+    sft = runs["sft"]
+    assert (sft.optim.lr, sft.optim.warmup, sft.optim.schedule) == (1e-5, 4, "cosine")
+    assert (sft.batch.rows, sft.batch.length) == (2, 384)
+    assert (runs["ppo"].optim.lr, runs["ppo"].batch.rows, runs["ppo"].batch.length) == (1e-5, 2, None)
+
+
 @pytest.mark.parametrize(
     ("changes", "overrides", "sentence"),
     [
