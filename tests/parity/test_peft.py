@@ -175,6 +175,7 @@ def test_what_weft_does_not_compute_and_what_is_damaged_are_refused(folder, tmp_
     for change, message in {
         "bias": ("all", "has bias 'all', which Weft does not compute"),
         "rank_pattern": ({"q_proj": 4}, "has rank_pattern"),
+        "init_lora_weights": ("pissa_niter_4", "has init_lora_weights 'pissa_niter_4', with which PEFT changes the base too"),
         "modules_to_save": (["lm_head"], "has modules_to_save"),
         "r": (0, "r is 0|rank is 0"),
         "lora_alpha": (-1, "alpha is -1"),

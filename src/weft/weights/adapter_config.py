@@ -22,6 +22,7 @@ _LORA_ONLY = {
     "target_parameters": None, "trainable_token_indices": None, "alora_invocation_tokens": None, "use_bdlora": None, "arrow_config": None,
     "megatron_config": None, "kasa_config": None, "monteclora_config": None, "velora_config": None,
 }  # fmt: skip
+_STARTS = ("gaussian", "eva", "orthogonal")  # of `init_lora_weights`; other words (pissa, olora, loftq …) change the base as well
 KINDS = ("LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING")
 
 
@@ -70,6 +71,12 @@ def _settings(config: Mapping[str, Any], names: tuple[str, ...], path: Path) -> 
                 raise UserError(
                     f"{path / CONFIG} has {key} {config[key]!r}, which Weft does not compute; merge the adapter with PEFT instead."
                 )
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower() not in _STARTS:
+            raise UserError(
+                f"{path / CONFIG} has init_lora_weights {start!r}, with which PEFT changes the base too, and Weft does not; save the adapter "
+                "with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it."
+            )
         return LoRA(
             rank=config["r"],
             alpha=config["lora_alpha"],
