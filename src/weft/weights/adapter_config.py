@@ -74,8 +74,8 @@ def _settings(config: Mapping[str, Any], names: tuple[str, ...], path: Path) -> 
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower() not in _STARTS:
             raise UserError(
-                f"{path / CONFIG} has init_lora_weights {start!r}, with which PEFT changes the base too, and Weft does not; save the adapter "
-                "with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it."
+                f"{path / CONFIG} has init_lora_weights {start!r}, with which PEFT changes the base too, and Weft does not; save the "
+                "adapter with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it."
             )
         return LoRA(
             rank=config["r"],
