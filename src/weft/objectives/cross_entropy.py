@@ -76,6 +76,9 @@ def linear_cross_entropy(
     range); chunk tokens at a time (None: as many as suit the device). Products run in autocast's dtype where it is on, sums over ids
     and tokens in float32 (float64 stays).
     """
+    frozen = not head.weight.requires_grad and (head.bias is None or not head.bias.requires_grad)
+    if frozen and torch.compiler.is_compiling() and hidden.device.type == "cpu":
+        return _frozen_cross_entropy(hidden, head, targets, mask, smoothing, chunk)
     chunk = chunk or tokens_at_once(hidden.device.type, head.weight.shape[0])
     hidden, targets, mask = _scored(hidden, targets, mask)
     if torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad):
@@ -89,11 +92,62 @@ def _scored(hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     compiler wants to know shapes, and an accelerator would have to wait for it."""
     if hidden.device.type != "cpu" or torch.compiler.is_compiling():
         return hidden, targets, mask
-    index = mask.nonzero()[:, 0]
+    index = _counted(mask)
     if len(index) == len(mask):
         return hidden, targets, mask
-    index = index if len(index) else torch.zeros(1, dtype=torch.int64)  # a loss of zero still has a gradient
     return hidden.index_select(0, index), targets[index], mask[index]
+
+
+def _counted(mask: Tensor) -> Tensor:
+    """Where a mask [N] is not zero; where it is zero everywhere the first place, as a loss of zero has a gradient too."""
+    index = mask.nonzero()[:, 0]
+    return index if len(index) else torch.zeros(1, dtype=torch.int64, device=mask.device)
+
+
+def _frozen_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing, chunk: int | None) -> Sums:
+    """The same for a head that is not trained, as one operation to a compiler: tokens that do not count are then left out there too."""
+    device = hidden.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    bias = None if head.bias is None else head.bias.to(narrow)
+    softcap = 0.0 if head.softcap is None else head.softcap
+    weight = head.weight.to(narrow)
+    loss, nll, _ = _frozen(hidden.to(narrow), weight, bias, targets, mask, softcap, smoothing.label, smoothing.z, chunk or 0)
+    return Sums(loss, nll)
+
+
+@torch.library.custom_op("weft::frozen_cross_entropy", mutates_args=())
+def _frozen(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, softcap: float, label: float, z: float, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the plain negative log-likelihood, and the loss's gradient with respect to hidden [N, D]."""
+    index = _counted(mask)
+    scored, head, kept = hidden[index], Head(weight, bias, softcap or None), mask[index]
+    gradients = Gradients(scored, head, torch.float64 if hidden.dtype == torch.float64 else torch.float32, (True, False, False))
+    chunk = chunk or tokens_at_once(hidden.device.type, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        sums = _sweep(scored, head, targets[index], kept, Smoothing(label, z), chunk, gradients)
+    assert gradients.hidden is not None
+    return sums.loss.clone(), sums.nll.clone(), torch.zeros_like(hidden).index_copy_(0, index, gradients.hidden)
+
+
+@_frozen.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, softcap: float, label: float, z: float, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty((), dtype=wide), hidden.new_empty((), dtype=wide), torch.empty_like(hidden)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[2])
+
+
+def _hand_out(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return gradient * outer[0].to(gradient.dtype), *(None,) * 8
+
+
+_frozen.register_autograd(_hand_out, setup_context=_keep)
 
 
 def tokens_at_once(device: str, vocab: int) -> int:

@@ -77,6 +77,26 @@ def test_only_tokens_that_count_go_through_the_head(monkeypatch):
     assert seen == [4, 9, 1]
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_frozen_head_is_one_operation_to_a_compiler(softcap):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(IDS, DIM, generator=generator, dtype=torch.float64)
+    targets, mask = torch.randint(IDS, (TOKENS,), generator=generator), torch.rand(TOKENS, generator=generator) > 0.4
+    given = torch.randn(TOKENS, DIM, generator=generator, dtype=torch.float64)
+
+    def loss(hidden):
+        sums = linear_cross_entropy(hidden, Head(weight, None, softcap), targets, mask, Smoothing(0.1, 1e-2), chunk=10)
+        return 0.37 * sums.loss, sums.nll
+
+    eager, compiled = given.clone().requires_grad_(), given.clone().requires_grad_()
+    want, got = loss(eager), torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled)
+    for one, other, hidden in zip(want, got, (eager, compiled), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+        (want if hidden is eager else got)[0].backward()
+    torch.testing.assert_close(compiled.grad, eager.grad, rtol=1e-12, atol=1e-12)
+    assert torch.equal(compiled.grad.abs().sum(-1) > 0, mask)
+
+
 def test_plain_nll_is_torchs_cross_entropy_and_is_not_smoothed():
     hidden, weight = torch.randn(9, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
     targets, mask = torch.arange(9), torch.ones(9, dtype=torch.bool)
