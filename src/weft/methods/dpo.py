@@ -1,7 +1,7 @@
 """Direct preference optimisation: compared answers, and the reference that the policy stays near."""
 
 from weft.errors import UserError
-from weft.methods.frozen import open_frozen
+from weft.methods.frozen import has_fresh_adapter, open_frozen
 from weft.methods.method import Place, Setup
 from weft.methods.preferences import compared_batches
 from weft.methods.records import encoder_of
@@ -34,7 +34,7 @@ class DPOMethod:
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = _settings(plan)
         other = None if settings.reference is None else open_frozen(settings.reference, "objective.reference", plan, place)
-        models = reference_of(policy, other)
+        models = reference_of(policy, other, has_fresh_adapter(plan))
         return Setup(DPO(settings, policy.spec, own_reference=REFERENCE in models), models)
 
 

@@ -29,7 +29,16 @@ def check_frozen(source: str, key: str, plan: Plan) -> Checkpoint:
 
 
 def open_frozen(source: str, key: str, plan: Plan, place: Place) -> Model:
-    """The same with its weights, in the numbers of the run's products where these are bfloat16, which takes half the memory."""
+    """The same with its weights, in the numbers of the run's products where these are bfloat16, which takes half the memory. A score head
+    stays in full precision, or rewards that differ by little would be rounded together."""
     checkpoint = check_frozen(source, key, plan)
     dtype = place.products if place.products == torch.bfloat16 else place.dtype
-    return load_weights(checkpoint, place.device, dtype).requires_grad_(False)
+    model = load_weights(checkpoint, place.device, dtype)
+    if model.score is not None:
+        model.score.to(place.dtype)
+    return model.requires_grad_(False)
+
+
+def has_fresh_adapter(plan: Plan) -> bool:
+    """Whether the policy's adapter, where it has one, is new: without it the policy is what training began with."""
+    return plan.checkpoint is None or plan.checkpoint.adapter is None

@@ -10,7 +10,7 @@ from weft.data.prompts import PromptBatches, PromptExample, collate
 from weft.data.record_kinds import Prompt
 from weft.errors import UserError
 from weft.files import sha256
-from weft.methods.frozen import check_frozen, open_frozen
+from weft.methods.frozen import check_frozen, has_fresh_adapter, open_frozen
 from weft.methods.method import Place, Setup
 from weft.methods.records import encoded, read_split
 from weft.nn import Model
@@ -163,7 +163,8 @@ def check_reference(plan: Plan, reference: str | None) -> None:
 
 def open_reference(plan: Plan, policy: Model, place: Place, reference: str | None) -> dict[str, Model]:
     """What is held beside a policy so that it stays near: see `reference_of`."""
-    return reference_of(policy, None if reference is None else open_frozen(reference, "objective.reference", plan, place))
+    other = None if reference is None else open_frozen(reference, "objective.reference", plan, place)
+    return reference_of(policy, other, has_fresh_adapter(plan))
 
 
 def _sampling(settings: OnlineSettings) -> Sampling:

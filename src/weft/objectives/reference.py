@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,15 +21,19 @@ def reference_roles(names: Collection[str]) -> Mapping[str, Role]:
     return {name: role for name, role in ROLES.items() if name in names}
 
 
-def reference_of(policy: Model, other: Model | None = None) -> dict[str, Model]:
-    """What is held beside a policy, by role: `other` where one is named; nothing where the policy has an adapter, for without it the policy
-    is the reference; else a copy of the policy.
+def reference_of(policy: Model, other: Model | None = None, fresh: bool = True) -> dict[str, Model]:
+    """What is held beside a policy, by role: `other` where one is named; nothing where the policy has an adapter that is `fresh`, for
+    without it the policy is the reference; else a copy of the policy. An adapter that was trained before belongs to what it began with.
 
-    The copy keeps the policy's dtype: rounded to another one it would differ from the policy before the first step.
+    The copy keeps the policy's dtype: rounded to another one it would differ from the policy before the first step. Parameters that the
+    policy does not train are the policy's own.
     """
     if other is not None:
         return {REFERENCE: other}
-    return {} if has_adapter(policy) else {REFERENCE: copy.deepcopy(policy).eval().requires_grad_(False)}
+    if fresh and has_adapter(policy):
+        return {}
+    frozen: dict[int, Any] = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
+    return {REFERENCE: copy.deepcopy(policy, frozen).eval().requires_grad_(False)}
 
 
 @contextmanager

@@ -12,7 +12,10 @@ from system.train_runs import MODEL, RECIPE, make_inputs
 from weft.data.lessons import given_texts, is_drawn
 from weft.data.record_kinds import Labelled
 from weft.errors import UserError
+from weft.methods import Place
 from weft.methods.classify import classes_of
+from weft.methods.frozen import open_frozen
+from weft.nn.adapters import adapters_off
 from weft.spec import ModelSpec
 from weft.train.assemble import open_job, run_recipe
 from weft.train.callbacks import Callback
@@ -157,6 +160,38 @@ def test_with_an_adapter_dpo_begins_at_log_two_and_the_head_of_a_reward_model_is
     head = load_model(place / "reward lora" / "last").model.score.weight
     assert head.shape == (1, 16)
     assert not torch.equal(head, opened(place, objective="reward", adapter="lora").policy.score.weight)
+
+
+def test_the_reference_of_an_adapter_that_is_trained_further_is_the_adapter_as_it_was(place):
+    """Not the base: that is what the first run began with."""
+    run(place, "dpo", "first adapter", "steps=2", adapter="lora", objective="dpo")
+    given = {"model": str(place / "first adapter" / "last"), "objective": "dpo"}
+    job = opened(place, **given)
+    tokens = torch.arange(12)[None] + 40
+    policy, reference = job.policy.eval(), job.models["reference"]
+    with torch.no_grad():
+        assert torch.equal(policy(tokens).hidden, reference(tokens).hidden)
+        with adapters_off(policy):
+            assert not torch.allclose(policy(tokens).hidden, reference(tokens).hidden, atol=1e-6), "control"
+    assert reference.embed.weight is policy.embed.weight, "what is frozen is held once"
+    theirs = {id(parameter) for parameter in reference.parameters()}
+    assert not any(id(parameter) in theirs for parameter in policy.parameters() if parameter.requires_grad)
+    run(place, "dpo", "second adapter", "steps=2", dtype="float32", **given)
+    losses = [row["loss"] for row in logged(place / "second adapter") if "loss" in row]
+    assert abs(losses[0] - 0.6931472) < 1e-6
+    assert losses[1] != losses[0]
+
+
+def test_a_reward_model_in_bfloat16_tells_close_rewards_apart(place):
+    run(place, "reward", "judge", "steps=1")
+    here = Place(torch.device("cpu"), torch.float32, World(), place, products=torch.bfloat16)
+    given = {"model": str(place / "base" / "last"), "tokenizer": str(place / "tok"), "data": str(place / "pairs.jsonl")}
+    plan = make_plan(recipe({**RECIPE, **given, "out": str(place / "unused")}))
+    model = open_frozen(str(place / "judge" / "last"), "objective.reward", plan, here)
+    assert (model.dtype, model.score.weight.dtype) == (torch.bfloat16, torch.float32)
+    hidden = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    scores = model.score(hidden)
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_held_out_records_can_be_named(place):
