@@ -4,6 +4,7 @@ import json
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from hf_cases import deepseek
 
@@ -188,6 +189,9 @@ def test_what_weft_does_not_compute_and_what_is_damaged_are_refused(folder, tmp_
     path.write_text(json.dumps({**config, "base_model_name_or_path": "nobody/nothing"}))
     with pytest.raises(UserError, match="is an adapter for nobody/nothing, which is no path and has not been pulled"):
         load_model(tmp_path)
+    path.write_text(json.dumps({**config, "base_model_name_or_path": 5}))
+    with pytest.raises(UserError, match="has base_model_name_or_path 5; write the name"):
+        load_model(tmp_path)
     path.write_text(json.dumps(config)[:-9])
     with pytest.raises(UserError, match="is not valid JSON"):
         load_model(tmp_path)
@@ -218,6 +222,13 @@ def test_a_score_head_goes_with_the_adapter_that_was_trained_with_it(family, fol
             assert float((again.model.score(again.model(TOKENS).hidden[:, -1]) - expected).abs().max()) > 1e-2
     assert again.spec.score == 3
     assert again.model.spec.labels == again.spec.labels == ("bad", "fair", "good")
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop(next(name for name in tensors if name.endswith("lora_A.weight")))
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    plain = load_model(folder[family]).model
+    with pytest.raises(UserError, match=r"or damaged: its file lacks .*lora_A"):
+        put_adapter(plain, read_adapter(tmp_path), FAMILIES[family])
+    assert (plain.adapters, plain.score, plain.spec.score) == (None, None, None)
 
 
 def test_an_adapter_made_on_files_of_one_kind_fits_the_model_in_another(folder, tmp_path):

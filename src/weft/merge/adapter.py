@@ -21,6 +21,7 @@ from weft.weights.load import Checkpoint, load_weights, open_checkpoint, stored_
 from weft.weights.save import check_replaceable, write_folder
 
 PROBED = 256  # tokens of the longest prompt
+_FEW = ("Q2", "Q3", "Q4")  # how types of GGUF files with at most 4 bits a weight are called, IQ4_XS being one
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _four_bits(checkpoint: Checkpoint) -> str | None:
-    """What a base in 4 bits is stored as; None for all others."""
+    """What a base in 4 bits or fewer is stored as; None for all others."""
     quant = checkpoint.quant
     if quant is not None:
         return None if quant.type == "int8" else f"{quant.type}, 4 bits a weight"
     file = getattr(checkpoint.files, "file", None)
-    kinds = sorted({info.type for info in file.tensors.values() if info.type.startswith("Q4")}) if file is not None else []
-    return f"{', '.join(kinds)}, 4 bits a weight" if kinds else None
+    kinds = sorted({info.type for info in file.tensors.values() if info.type.removeprefix("I")[:2] in _FEW}) if file is not None else []
+    return f"{', '.join(kinds)}, at most 4 bits a weight" if kinds else None
 
 
 def _logits(model: Model, texts: Sequence[Tensor]) -> Tensor:

@@ -40,6 +40,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if OURS not in config and kind not in KINDS:
         raise UserError(f"{path} has peft_type {kind!r}; Weft reads {', '.join(KINDS)} and its own adapters.")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise UserError(
+            f"{path} has base_model_name_or_path {config['base_model_name_or_path']!r}; write the name or path of a model there."
+        )
     return config
 
 

@@ -130,7 +130,7 @@ def put_adapter(model: Model, stored: StoredAdapter, family: Family, base: str |
 
     Raises UserError where it is an adapter for another model, and where its file is damaged. The model is then as it was.
     """
-    named = naming_family(model.spec, family)
+    named, before = naming_family(model.spec, family), (model.spec, model.score)
     found = identity(model)
     _check_base(stored, found)
     attach(model, stored.settings, _places(model, stored, named))
@@ -142,6 +142,7 @@ def put_adapter(model: Model, stored: StoredAdapter, family: Family, base: str |
         fill_adapter(model, stored)
     except BaseException:
         detach(model)
+        model.spec, model.score = before
         raise
     return model
 

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from weft.errors import UserError
-from weft.merge.adapter import merge_into_base
+from weft.merge.adapter import _four_bits, merge_into_base
 from weft.merge.models import Models
 from weft.nn import build
 from weft.quant import quantize
@@ -95,6 +96,19 @@ def test_a_base_in_4_bits_is_refused_unless_it_is_forced(tmp_path, quant):
     assert made.kl < 1e-8
     assert open_checkpoint(tmp_path / "out").spec.quant is None
     assert made.moved > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kinds", "told"),
+    [
+        (("F32", "Q2_K", "Q3_K"), "Q2_K, Q3_K, at most 4 bits a weight"),
+        (("IQ4_XS", "Q6_K"), "IQ4_XS, at most 4 bits a weight"),
+        (("F32", "Q5_K", "Q6_K"), None),
+    ],
+)
+def test_files_of_other_kinds_are_known_by_the_types_in_them(kinds, told):
+    file = SimpleNamespace(tensors={kind: SimpleNamespace(type=kind) for kind in kinds})
+    assert _four_bits(SimpleNamespace(quant=None, files=SimpleNamespace(file=file))) == told
 
 
 def test_adapters_are_not_averaged(tmp_path):
