@@ -31,14 +31,18 @@ def read_split(plan: Plan, kind: type[R]) -> tuple[list[R], list[R]]:
 
 
 def encoded(plan: Plan, records: Sequence[R], encode: Callable[[R], T]) -> list[T]:
-    """Every record as an example; those that cannot be one are left out where the recipe says `data.drop_bad`."""
+    """Every record as an example; those that cannot be one are left out where the recipe says `data.drop_bad`, as long as one can."""
     made: list[T] = []
+    bad: list[UserError] = []
     for record in records:
         try:
             made.append(encode(record))
-        except UserError:
+        except UserError as error:
             if not plan.data.drop_bad:
                 raise
+            bad.append(error)
+    if bad and not made:
+        raise UserError(f"data.drop_bad leaves none of the {len(records)} records. The first: {bad[0]}")
     return made
 
 

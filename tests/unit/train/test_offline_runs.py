@@ -244,6 +244,16 @@ def test_bad_input_is_a_sentence(kind, settings, words, place, monkeypatch):
         run(place, kind, "bad", **settings)
 
 
+@pytest.mark.parametrize("kind", ["classify", "dpo"])
+def test_where_every_record_is_left_out_the_first_is_named(kind, place):
+    row = {"text": "weft </s>", "label": "sad"} if kind == "classify" else {"prompt": "a", "chosen": "b </s>", "rejected": "c"}
+    rows = [row, {**row, "label": "glad"}] if kind == "classify" else [row]
+    path = place / f"bad {kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"leaves none of the {len(rows)} records. The first: .*jsonl:1: the text spells out"):
+        run(place, kind, "none left", data={"sources": [str(path)], "drop_bad": True})
+
+
 def test_classes_are_sorted_and_checked():
     def records(*labels):
         return [Labelled("text", label, f"file:{i}") for i, label in enumerate(labels, 1)]
