@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -211,7 +212,8 @@ class Trainer:
             mean = load_model(folder, self.device, next(job.policy.parameters()).dtype).model
             batches, models = job.batches.validation(job.evaluation.batches), {**job.models, POLICY: mean}
             compute = loss_function(job.objective, models, job.compute.dtype)
-            measured = evaluate(job.objective, models, batches, compute, job.micro, self.device, self.world, job.engine)
+            engine = None if job.engine is None else replace(job.engine, models=models)
+            measured = evaluate(job.objective, models, batches, compute, job.micro, self.device, self.world, engine)
             self.report.average = measured
             if self._metrics is not None:
                 self._metrics.append([{"step": state.step, **{f"average_{name}": value for name, value in measured.items()}}])

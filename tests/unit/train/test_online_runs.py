@@ -12,6 +12,7 @@ from weft.train.assemble import run_recipe
 from weft.train.callbacks import Callback
 from weft.train.history import read_metrics
 from weft.train.recipe import recipe
+from weft.train.rollout import Rollouts
 from weft.weights.load import load_model
 from weft.weights.save import save_model
 
@@ -182,6 +183,21 @@ def test_a_run_does_not_go_on_under_another_judge(tmp_path):
     judge.write_text(judge.read_text() + "# changed\n")
     with pytest.raises(UserError, match=r"holds a run on other data: .*judges.*judge.py was"):
         run(data)
+
+
+def test_the_mean_of_checkpoints_writes_its_own_answers(tmp_path, monkeypatch):
+    writers, sample = [], Rollouts.sample
+
+    def watched(self, prompts, seeds, n=1):
+        writers.append(self.models["policy"].embed.weight.detach().clone())
+        return sample(self, prompts, seeds, n)
+
+    monkeypatch.setattr(Rollouts, "sample", watched)
+    data = online.write_run(tmp_path, type="rejection", samples=2)
+    run(data, average={"count": 2, "over": 1.0})
+    mean = load_model(tmp_path / "run" / "average").model
+    assert torch.equal(writers[-1], mean.embed.weight)
+    assert not torch.equal(writers[-2], mean.embed.weight), "control"
 
 
 def test_gsm8k_as_it_is_published(tmp_path):
