@@ -11,7 +11,7 @@ from weft.data.collate import TextRows
 from weft.data.prompts import PromptBatch
 from weft.objectives.advantages import clipped_policy, group_advantages, k3
 from weft.objectives.auxiliary import statistics
-from weft.objectives.online import Online, Terms, answer_log_probs, row_metrics, spread
+from weft.objectives.online import Online, Terms, answer_kl, answer_log_probs, row_metrics, spread
 from weft.objectives.reference import REFERENCE, reference_roles
 from weft.objectives.rows import read_texts
 from weft.objectives.settings import GRPOSettings
@@ -80,7 +80,7 @@ class GRPO(Online):
             if settings.unbiased_kl:
                 away = away * (found.log_probs - old).exp()
             terms["kl"] = Term((away * weights).sum(), count, settings.beta)
-            metrics["answer_kl"] = Term(away.detach().sum(), answers)
+            metrics["answer_kl"] = answer_kl(away.detach().sum(), texts)
         return {**terms, **self.auxiliary.terms(output.aux, valid)}, metrics
 
     def _weights(self, texts: TextRows) -> Tensor:

@@ -132,6 +132,11 @@ def row_metrics(rows: AnswerBatch, names: Sequence[str] = ()) -> Terms:
     return {name: Term(rows.columns[name].sum(), float(rows.num_rows)) for name in shown}
 
 
+def answer_kl(away: Tensor, texts: TextRows) -> Term:
+    """Nats an answer from the reference, given their sum: over the answers that are learned from."""
+    return Term(away, texts.mask.any(1).sum())
+
+
 def answer_log_probs(model: Model, output: Output, texts: TextRows, temperature: float = 1.0, entropy: bool = False) -> LogProbs:
     """Log-probabilities [n] of the tokens of answers, row after row, at the places that `texts.mask` marks."""
     return linear_log_probs(output.hidden[texts.mask], head_of(model), texts.targets[texts.mask], temperature, entropy)

@@ -12,7 +12,7 @@ from weft.objectives.advantages import clipped_policy, clipped_value, controlled
 from weft.objectives.auxiliary import statistics
 from weft.objectives.cross_entropy import head_of, linear_cross_entropy
 from weft.objectives.next_token import step_of
-from weft.objectives.online import Online, Terms, answer_log_probs, answer_values, row_metrics
+from weft.objectives.online import Online, Terms, answer_kl, answer_log_probs, answer_values, row_metrics
 from weft.objectives.reference import REFERENCE, reference_roles
 from weft.objectives.rows import read_texts
 from weft.objectives.settings import PPOSettings
@@ -57,8 +57,8 @@ class PPO(Online):
         away = (rows.tables["old"] - rows.tables["reference"]) * mask
         rewards = token_rewards(rows, self.beta)
         advantages = gae(rewards, value, mask, settings.gamma, settings.lam)
-        answer_kl = away.sum(1)
-        columns = {**rows.columns, "answer_kl": answer_kl, "beta": torch.full_like(answer_kl, self.beta)}
+        nats = away.sum(1)
+        columns = {**rows.columns, "answer_kl": nats, "beta": torch.full_like(nats, self.beta)}
         tables = {
             "old": rows.tables["old"],
             "value": value,
@@ -66,10 +66,10 @@ class PPO(Online):
             "advantage": whiten(advantages, mask, engine.world),
         }
         if settings.target is not None:
-            kl, count = engine.world.sum(
-                torch.tensor([float(answer_kl.double().sum()), float(rows.num_rows)], dtype=torch.float64)
-            ).tolist()
-            self.beta = controlled(self.beta, kl / count, settings.target, settings.gain)
+            learned = mask.any(1)
+            kl, count = engine.world.sum(torch.stack([nats.double().sum(), learned.sum().double()])).tolist()
+            if count:
+                self.beta = controlled(self.beta, kl / count, settings.target, settings.gain)
         return replace(rows, columns=columns, tables=tables)
 
     def minibatches(self, batch: AnswerBatch) -> Sequence[AnswerBatch]:
@@ -92,7 +92,8 @@ class PPO(Online):
         tokens = texts.mask.sum()
         terms = {"policy": Term(policy.losses.sum(), tokens), "value": Term(value.losses.sum(), tokens, settings.value_weight)}
         metrics = {
-            **row_metrics(batch, ["answer_kl", "beta"]),
+            **row_metrics(batch, ["beta"]),
+            "answer_kl": answer_kl(batch.columns["answer_kl"].sum(), texts),
             "entropy": Term(found.entropy.sum(), tokens),
             "clipped": Term(policy.clipped.sum(), tokens),
             "value_clipped": Term(value.clipped.sum(), tokens),

@@ -214,6 +214,28 @@ def test_the_controller_holds_the_divergence(tokenizer, tmp_path):
     assert other.beta == objective.beta != PPO(objective.settings).beta
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_answers_that_are_left_out_do_not_lower_the_divergence(tokenizer, tmp_path, kind):
+    objective, engine, batch = made(tokenizer, tmp_path, kind, unfinished="mask")
+    learned = batch.texts.mask.any(1)
+    assert 0 < learned.sum() < len(learned), "the case needs both kinds of answers"
+    _, metrics = objective.loss(engine.models, batch)
+    _, those = objective.loss(engine.models, batch.pick(learned.nonzero()[:, 0]))
+    found, expected = (float(each["answer_kl"].sum / each["answer_kl"].count) for each in (metrics, those))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert metrics["answer_kl"].sum / batch.num_rows != pytest.approx(expected, rel=1e-3), "control"
+
+
+def test_the_controller_sees_the_answers_that_are_learned_from(tokenizer, tmp_path):
+    """A target between the divergence of those and the one that the others would dilute."""
+    _, _, batch = made(tokenizer, tmp_path, "ppo", unfinished="mask", beta=0.2)
+    learned, nats = batch.texts.mask.any(1), float(batch.columns["answer_kl"].sum())
+    assert nats > 0
+    target = nats / (float(learned.sum()) * len(learned)) ** 0.5
+    objective, *_ = made(tokenizer, tmp_path, "ppo", unfinished="mask", beta=0.2, target=target)
+    assert objective.beta > 0.2
+
+
 @pytest.mark.parametrize("kind", ["ppo", "grpo", "rejection"])
 def test_held_out_prompts_are_measured_by_their_reward(tokenizer, tmp_path, kind):
     objective, engine, _ = made(tokenizer, tmp_path, kind)
