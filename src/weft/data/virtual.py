@@ -87,11 +87,11 @@ def _in_packed(batch: PackedBatch, ids: Tensor) -> PackedBatch:
     own = place[row, at][:, None] - count + torch.arange(count)  # [starts, n]
     tokens, positions = moved(batch.tokens, 0), moved(batch.positions + count * live, 0)
     tokens[row[:, None], own], positions[row[:, None], own] = ids, torch.arange(count)
-    segments = batch.segments
-    if segments is not None:
-        padding = segments.amax(1) + (lengths == width)  # a number of its own, where the row has padding only now
-        segments = padding[:, None].expand(rows, total).clone().scatter(1, place, segments)
-        segments[row[:, None], own] = batch.segments[row, at][:, None].expand(-1, count)  # type: ignore[index]
+    segments, before = None, batch.segments
+    if before is not None:
+        padding = before.amax(1) + (lengths == width)  # a number of its own, where the row has padding only now
+        segments = padding[:, None].expand(rows, total).clone().scatter(1, place, before)
+        segments[row[:, None], own] = before[row, at][:, None].expand(-1, count)
     return replace(
         batch,
         tokens=tokens,

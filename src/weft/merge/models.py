@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def agree(models: Models, density: float, scale: float, weights: Sequence[float]
     weights = list(weights) or [1.0] * tasks
     if len(weights) != tasks or not all(0 < weight < math.inf for weight in weights):
         raise UserError(f"{len(weights)} weights are given for {tasks} models beside the base; give each one above 0.")
-    thresholds = [combine.magnitude(lambda index=index: models.changes(index), density) for index in range(1, tasks + 1)]  # type: ignore[misc]
+    thresholds = [combine.magnitude(partial(models.changes, index), density) for index in range(1, tasks + 1)]
     return models.write(lambda tensors: combine.ties(tensors[0], tensors[1:], thresholds, weights, scale), "ties", out, dtype)
 
 

@@ -4,7 +4,7 @@ Token vocab + j is the j-th of them. Everything that goes by tokens (packing, pa
 reads text has to put them before it, and the model below knows what they mean.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -95,12 +95,13 @@ def _read(model: "Model", ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [n, G W] of every attention layer for a text of these tokens."""
     found: list[tuple[Tensor, Tensor]] = []
 
-    def keep(layer: Attention, inputs: tuple[Tensor, Step]) -> None:
+    def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(layer, Attention)
         x, step = inputs[:2]
         _, k, v = layer._turned(layer.qkv(x).view(*x.shape[:2], -1, layer.width), step)
         found.append((k[0].flatten(1), v[0].flatten(1)))
 
-    hooks = [layer.register_forward_pre_hook(keep) for layer in prefixed_layers(model)]  # type: ignore[arg-type]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in prefixed_layers(model)]
     training = model.training
     try:
         model.eval()(ids[None])
