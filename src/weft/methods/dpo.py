@@ -6,6 +6,7 @@ from weft.methods.method import Place, Setup
 from weft.methods.preferences import compared_batches
 from weft.methods.records import encoder_of
 from weft.nn import Model
+from weft.nn.dropout import without_dropout
 from weft.objectives.dpo import DPO
 from weft.objectives.reference import REFERENCE, reference_of
 from weft.objectives.settings import DPOSettings
@@ -29,7 +30,7 @@ class DPOMethod:
         return compared_batches(plan, place, grouped=False, left_out=left_out)
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
-        return policy
+        return without_dropout(policy)
 
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = _settings(plan)

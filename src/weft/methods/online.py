@@ -1,8 +1,9 @@
 """What all kinds of training have in common that learn from the policy's own answers: prompts, a reward model, a reference."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from weft.data.encode_records import RecordEncoder
 from weft.data.examples import split_examples
@@ -14,6 +15,7 @@ from weft.methods.frozen import check_frozen, has_fresh_adapter, open_frozen
 from weft.methods.method import Place, Setup
 from weft.methods.records import encoded, read_split
 from weft.nn import Model
+from weft.nn.dropout import without_dropout
 from weft.objectives.grpo import GRPO
 from weft.objectives.online import REWARD
 from weft.objectives.reference import REFERENCE, reference_of
@@ -30,7 +32,7 @@ S = TypeVar("S", bound=OnlineSettings)
 
 
 @dataclass(frozen=True)
-class OnlineMethod(Generic[S]):
+class OnlineMethod(ABC, Generic[S]):
     """Prompts from records, and whatever judges the answers. `kind` is what the recipe's `objective` is read as."""
 
     kind: type[S]
@@ -77,15 +79,16 @@ class OnlineMethod(Generic[S]):
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
         return policy
 
+    @abstractmethod
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
-        raise NotImplementedError
+        """As `Method.begin`."""
 
     def judges(self, plan: Plan, place: Place) -> dict[str, Model]:
         """The reward model by its role, where there is one."""
         reward = self.settings(plan).reward
         return {} if reward is None else {REWARD: open_frozen(reward, "objective.reward", plan, place)}
 
-    def setup(self, plan: Plan, policy: Model, place: Place, objective: Objective, models: dict[str, Model]) -> Setup:  # type: ignore[type-arg]
+    def setup(self, plan: Plan, policy: Model, place: Place, objective: Objective[Any], models: dict[str, Model]) -> Setup:
         """Everything put together, with the engine that rollouts are made on."""
         engine = Rollouts(
             tokenizer_of(plan),
@@ -105,6 +108,9 @@ class GRPOMethod(OnlineMethod[GRPOSettings]):
         settings = self.settings(plan)
         check_updates(plan, settings.samples, settings.minibatches)
         check_reference(plan, settings.reference)
+
+    def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
+        return without_dropout(policy)
 
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = self.settings(plan)

@@ -10,6 +10,7 @@ from weft.methods.frozen import check_frozen
 from weft.methods.method import Place, Setup
 from weft.methods.online import OnlineMethod, check_reference, check_updates, open_reference, tokenizer_of
 from weft.nn import Model, add_score, build
+from weft.nn.dropout import without_dropout
 from weft.objectives.ppo import CRITIC, PPO
 from weft.objectives.reference import REFERENCE
 from weft.objectives.settings import PPOSettings
@@ -55,6 +56,9 @@ class PPOMethod(OnlineMethod[PPOSettings]):
             batches.text, batches.facts = rows, {**batches.facts, "text": text.describe()}
         return batches
 
+    def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
+        return without_dropout(policy)
+
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = self.settings(plan)
         models = open_reference(plan, policy, place, settings.reference)
@@ -81,4 +85,4 @@ def _critic(plan: Plan, settings: PPOSettings, place: Place) -> Model:
         model.head.weight.requires_grad_(False)
     if model.head.bias is not None:
         model.head.bias.requires_grad_(False)
-    return model
+    return without_dropout(model)

@@ -182,6 +182,17 @@ def test_the_reference_of_an_adapter_that_is_trained_further_is_the_adapter_as_i
     assert losses[1] != losses[0]
 
 
+@pytest.mark.parametrize(("objective", "drops"), [("dpo", False), ("reward", True)])
+def test_dropout_would_be_taken_for_a_change_of_the_policy(objective, drops, place):
+    """Log-probabilities are compared with the reference's, which are taken at rest."""
+    model = {**PLAIN, "vocab": 300, "dropout": {"embed": 0.5, "attention": 0.5, "residual": 0.5}}
+    policy = opened(place, model=model, objective=objective).policy
+    tokens = torch.arange(12)[None] + 40
+    with torch.no_grad():
+        assert torch.equal(policy.train()(tokens).hidden, policy.eval()(tokens).hidden) == (not drops)
+    assert policy.spec.dropout.embed == 0.5
+
+
 def test_a_reward_model_in_bfloat16_tells_close_rewards_apart(place):
     run(place, "reward", "judge", "steps=1")
     here = Place(torch.device("cpu"), torch.float32, World(), place, products=torch.bfloat16)

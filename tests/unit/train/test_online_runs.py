@@ -8,9 +8,11 @@ import torch
 import yaml
 
 from weft.errors import UserError
-from weft.train.assemble import run_recipe
+from weft.train.assemble import open_job, run_recipe
 from weft.train.callbacks import Callback
 from weft.train.history import read_metrics
+from weft.train.parallel import World
+from weft.train.plan import make_plan
 from weft.train.recipe import recipe
 from weft.train.rollout import Rollouts
 from weft.weights.load import load_model
@@ -198,6 +200,18 @@ def test_the_mean_of_checkpoints_writes_its_own_answers(tmp_path, monkeypatch):
     mean = load_model(tmp_path / "run" / "average").model
     assert torch.equal(writers[-1], mean.embed.weight)
     assert not torch.equal(writers[-2], mean.embed.weight), "control"
+
+
+@pytest.mark.parametrize(("kind", "drops"), [("ppo", False), ("grpo", False), ("rejection", True)])
+def test_where_ratios_count_nothing_is_dropped(tmp_path, kind, drops):
+    data = online.write_run(tmp_path, **KINDS[kind])
+    model = {**data["model"], "vocab": online.VOCAB, "dropout": {"embed": 0.5, "attention": 0.5, "residual": 0.5}}
+    job = open_job(make_plan(recipe({**data, "model": model})), None, World())
+    tokens = torch.arange(12)[None] + 40
+    assert set(job.trained) == ({"policy", "critic"} if kind == "ppo" else {"policy"})
+    for trained in job.trained.values():
+        with torch.no_grad():
+            assert torch.equal(trained.train()(tokens).hidden, trained.eval()(tokens).hidden) == (not drops)
 
 
 def test_gsm8k_as_it_is_published(tmp_path):
