@@ -9,7 +9,7 @@ from typing import Any
 from weft.errors import UserError, unknown
 from weft.rewards.numbers import GSM8K
 from weft.rewards.python import PythonFunction
-from weft.rewards.reward import Answer, Reward
+from weft.rewards.reward import Answer, Reward, Weighed
 from weft.rewards.text import Format, Length, Match
 from weft.spec.base import parse
 
@@ -44,7 +44,7 @@ def open_judge(rewards: Mapping[str, Any]) -> Judge:
     for name, given in rewards.items():
         settings = given if isinstance(given, Mapping) else {"weight": given}
         if OWN in name:
-            plain: Reward = parse(Reward, dict(settings), f"the reward {name}")
+            plain: Weighed = parse(Weighed, dict(settings), f"the reward {name}")
             parts[name] = plain.weight, _own_function(name)
             continue
         if name not in REWARDS:
@@ -84,10 +84,10 @@ def _own_function(name: str) -> Callable[[Answer], float]:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever her file does
         raise UserError(f"the reward {name}: {path} could not be run ({type(error).__name__}: {error}); correct it.") from error
-    found = getattr(module, function, None)
+    found: Callable[[Answer], float] | None = getattr(module, function, None)
     if not callable(found):
         raise UserError(f"the reward {name}: {path} has no function {function}; write one that takes an answer and returns a number.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _call(name: str, function: Callable[[Answer], float], answer: Answer) -> float:

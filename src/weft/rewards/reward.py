@@ -1,5 +1,6 @@
 """What is judged, and what a judge is."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,13 +39,18 @@ class Answer:
         return self.facts[name]
 
 
-class Reward(Spec):
-    """A judge with its settings.
+class Weighed(Spec):
+    """What a recipe says of every reward.
 
     weight  factor of its number in the sum of all rewards.
     """
 
     weight: float = Field(default=1.0, allow_inf_nan=False)
 
+
+class Reward(Weighed):
+    """A judge with its settings."""
+
+    @abstractmethod
     def judge(self, answer: Answer) -> float:
-        raise NotImplementedError
+        """How good an answer is."""
