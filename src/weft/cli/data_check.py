@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from weft.cli.console import emit_json
+from weft.errors import UserError
 
 if TYPE_CHECKING:
     from weft.data.check_records import Findings, Sample
@@ -36,6 +37,9 @@ def check(
             from weft.tokenizer.templates import with_chat_template
 
             tokenizer = with_chat_template(tokenizer, chat_template)
+    elif chat_template is not None or length is not None:
+        unused = "--length" if chat_template is None else "--chat-template"
+        raise UserError(f"{unused} is given without --model, so no record would be encoded; name the model, or leave {unused} out.")
     found = check_records(files, tokenizer, objective, length)
     if json:
         emit_json(found.to_json())

@@ -87,6 +87,8 @@ def test_every_kind_is_encoded_as_its_objective_reads_it(folder):
         (["good.jsonl", "--objective", "stf"], "unknown objective 'stf'. Did you mean 'sft'?"),
         (["good.jsonl", "--model", "./none"], "there is no tokenizer at none"),
         (["empty.jsonl"], "there is no record in empty.jsonl"),
+        (["good.jsonl", "--chat-template", "plain"], "--chat-template is given without --model"),
+        (["good.jsonl", "--length", "9"], "--length is given without --model"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, monkeypatch, capsys, arguments, message):
