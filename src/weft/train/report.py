@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from weft.data.virtual import VirtualBatches
 from weft.errors import UserError
 from weft.files import atomic_write
 from weft.machine import matmul_peak
@@ -39,6 +40,7 @@ class Report:
     def sizes(self, steps: int) -> list[tuple[int, int, int]]:
         """Of the first `steps` steps: (steps, positions of a global batch, of a row), an entry for every stage of a run that has any."""
         batches = self.job.batches
+        batches = batches.source if isinstance(batches, VirtualBatches) else batches
         return batches.sizes(steps) if isinstance(batches, StagedBatches) else [(steps, batches.tokens_per_batch, batches.length)]
 
     def tokens(self, steps: int) -> int:

@@ -1,12 +1,14 @@
 """Runs in stages: who gets which steps, which batches, positions and learning rates; resumed across a border; and the mean at the end."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import train_cases as cases
 from safetensors.torch import load_file
 
+from weft.data.virtual import VirtualBatches
 from weft.errors import UserError
 from weft.nn.rescale import take_rope
 from weft.nn.rope import inverse_frequencies
@@ -17,6 +19,7 @@ from weft.train.averaging import Averaging
 from weft.train.history import read_metrics
 from weft.train.plan import make_plan
 from weft.train.recipe import override, recipe
+from weft.train.report import Report
 from weft.train.schedule import Schedule
 from weft.train.settings import BatchSettings
 from weft.train.stage_settings import StageSettings
@@ -70,6 +73,10 @@ def test_batches_of_a_stage_are_a_function_of_the_step_and_go_on_in_the_same_dat
     assert torch.equal(seen, straight), "no row is read twice, none is left out"
     assert made.sizes(10) == [(4, 3 * 24, 24), (6, 6 * 24, 24)]
     assert made.sizes(3) == [(3, 3 * 24, 24)]
+    for batches in (made, VirtualBatches(made, (90, 91))):
+        report = Report(SimpleNamespace(batches=batches))
+        assert report.sizes(10) == made.sizes(10)
+        assert report.tokens(10) == (4 * 3 + 6 * 6) * 24
     table = made.report(10)
     rows = small.mixture.sources[0].windows.num_rows
     assert [line["epochs"] for line in table] == pytest.approx([12 / rows, 36 / rows])
