@@ -40,5 +40,5 @@ def rows_of(texts: Sequence[Text]) -> PackedBatch:
 
 
 def is_drawn(batch: PromptBatch, share: float) -> bool:
-    """Whether a step is one of the `share` of all steps: a function of its seeds, so that a resumed run draws alike."""
-    return random.Random(batch.seeds[0]).random() < share
+    """Whether a step is one of the `share` of all steps: a function of its luck, so that a resumed run and every process draw alike."""
+    return random.Random(batch.luck).random() < share

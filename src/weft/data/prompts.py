@@ -35,6 +35,7 @@ class PromptBatch:
     """The prompts of one step.
 
     seeds  a number a prompt, from which its answers are drawn.
+    luck   a number of the step, the same on every process.
     step   of the run; HELD_OUT for prompts that are only looked at.
     text   rows of other data that are learned from beside the answers (PPO-ptx), or None.
     """
@@ -43,6 +44,7 @@ class PromptBatch:
     seeds: tuple[int, ...] = ()
     step: int = 0
     text: PackedBatch | None = None
+    luck: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +87,8 @@ class PromptBatches(ExampleBatches[PromptExample, PromptBatch]):
         first = step * self.batch_size + self.rank * (self.batch_size // self.world)
         found = super().batch(step)
         seeds = tuple(prompt_seed(self.seed, step, first + row) for row in range(found.num_rows))
-        return replace(found, seeds=seeds, step=step, text=None if self.text is None else self.text(step))
+        luck = prompt_seed(self.seed, step, -1)
+        return replace(found, seeds=seeds, step=step, text=None if self.text is None else self.text(step), luck=luck)
 
     def validation(self, max_batches: int | None = None) -> Iterator[PromptBatch]:
         row = 0

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from paths import ROOT
 from system.train_runs import MODEL, RECIPE, make_inputs
-from weft.data.lessons import given_texts, is_drawn
+from weft.data.lessons import LessonBatches, given_texts, is_drawn
+from weft.data.prompts import collate
 from weft.data.record_kinds import Labelled
 from weft.errors import UserError
 from weft.methods import Place
@@ -296,7 +297,7 @@ def test_a_student_may_write_the_texts_itself(place):
     (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     objective = {"type": "distill", "teacher": str(place / "teacher" / "last"), "alpha": 1.0, "on_policy": 0.5, "max_tokens": 5}
     given = {"data": str(place / "prompts.jsonl"), "objective": {**objective, "divergence": "jsd"}, "optim": {"lr": 1e-2}}
-    given |= {"model": str(place / "base" / "last"), "batch": {"rows": 4, "micro": 3}}
+    given |= {"model": str(place / "base" / "last"), "batch": {"rows": 4, "micro": 3}, "seed": 1}
     job, own = opened(place, **given), []
     for step in range(6):
         batch = job.batches.batch(step)
@@ -310,6 +311,8 @@ def test_a_student_may_write_the_texts_itself(place):
         )
         assert not own[-1] or int(texts.loss_mask.sum(1).max()) <= 5
     assert {True, False} == set(own), "some steps are the student's, some the data's"
+    apart = (LessonBatches(job.batches.examples, collate, 4, 10, seed=1, rank=rank, world=2) for rank in range(2))
+    assert [[is_drawn(share.batch(step), 0.5) for step in range(6)] for share in apart] == [own, own], "on every process the same"
 
     train(place, "own", **given)
     valid = [row["valid_loss"] for row in logged(place / "own") if "valid_loss" in row]
