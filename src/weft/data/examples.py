@@ -64,12 +64,14 @@ class ExampleBatches(Generic[E, B]):
         return self.collate([self.examples[row] for row in rows.tolist()])
 
     def validation(self, max_batches: int | None = None) -> Iterator[B]:
-        """The held-out examples, or an evenly spread part of them, this rank's share of each batch."""
+        """The held-out examples, or an evenly spread part of them, this rank's share of each batch. What is left over and has not one for
+        every rank goes with the last batch."""
         assert self.valid is not None
         count = len(self.valid) if max_batches is None else min(len(self.valid), max_batches * self.batch_size)
         chosen = [self.valid[index * len(self.valid) // count] for index in range(count)]
-        for start in range(0, count, self.batch_size):
-            own = chosen[start : start + self.batch_size][self.rank :: self.world]
+        starts = [start for start in range(0, count, self.batch_size) if start == 0 or count - start >= self.world]
+        for start, stop in zip(starts, [*starts[1:], count], strict=True):
+            own = chosen[start:stop][self.rank :: self.world]
             yield self.collate(own or chosen[:1])
 
     def report(self, steps: int | None = None) -> list[dict[str, Any]]:

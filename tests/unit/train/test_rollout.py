@@ -6,7 +6,7 @@ import torch
 
 from weft.data.answers import AnswerBatch, Answered
 from weft.data.collate import TextRows
-from weft.data.prompts import HELD_OUT, PromptBatches, collate, prompt_seed
+from weft.data.prompts import HELD_OUT, PromptBatches, PromptExample, collate, prompt_seed
 from weft.engine import Engine, Request, SamplingParams
 from weft.nn.adapters import adapter_parameters, adapters_off, attach
 from weft.objectives.online import answer_log_probs
@@ -97,6 +97,15 @@ def test_log_probabilities_of_no_answer_at_all():
     found = answer_log_probs(policy, read_texts(policy, nothing).output, nothing, entropy=True)
     assert found.log_probs.shape == found.entropy.shape == (0,)
     found.log_probs.sum().backward()
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 9])
+def test_every_held_out_example_is_looked_at_once_by_some_process(count):
+    examples = [PromptExample((n,), "p", f"f:{n}") for n in range(count)]
+    shares = [PromptBatches(examples, collate, 4, 10, valid=examples, rank=rank, world=2) for rank in range(2)]
+    seen = [example.ids[0] for share in shares for batch in share.validation() for example in batch.examples]
+    assert sorted(seen) == (list(range(count)) if count > 1 else [0, 0]), "a process has one at least"
+    assert len({len(list(share.validation())) for share in shares}) == 1
 
 
 def test_prompts_know_their_luck_by_step_and_row():
