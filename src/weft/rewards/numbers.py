@@ -6,7 +6,7 @@ from decimal import Decimal, InvalidOperation
 from weft.errors import UserError
 from weft.rewards.reward import Answer, Reward
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?\d[\d,]*(?:\.\d+)?")  # what follows a digit or a name is taken away, not negative
 _MARK, _BOX = "####", re.compile(r"\\boxed\{([^{}]*)\}")
 
 

@@ -28,6 +28,8 @@ def judged(name, answer, **settings):
         ("#### -3\nThe end of 7 days", "-3"),
         ("\\boxed{12} of 40", "12"),
         ("first 3, then 5", "5"),
+        ("it is 20-12", "12"),
+        ("it is -12", "-12"),
         ("none at all", None),
         ("#### none", None),
     ],
