@@ -8,8 +8,8 @@
       ppo:    {objective: {type: ppo, reward: $reward}, data: prompts.jsonl, model: $sft, steps: 50}
 
 What stands beside `chain` holds for every run that does not say otherwise. `$sft` is the model that the run of that name ended with: its
-best where something is held out, else its last. The runs' folders are out/1-sft, out/2-reward and so on, each one like any other run's: the same
-command goes on where it was stopped.
+best where something is held out, else its last. The runs' folders are out/1-sft, out/2-reward and so on, each one like any other run's:
+the same command goes on where it was stopped.
 """
 
 import re
