@@ -2,7 +2,7 @@
 
 import json
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -145,8 +145,9 @@ class Tokenizer:
         check_unicode(text)
         if self.text_encoder is None:
             encoding = self.backend.encode(text, add_special_tokens=False)
-            ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
-            places = [bisect_left(starts, cut) for cut in cuts]
+            ids, starts, ends = encoding.ids, [start for start, _ in encoding.offsets], [end for _, end in encoding.offsets]
+            # Some tokenizers trim spaces off: one that is a token by itself then begins and ends where the next one begins.
+            places = [max(bisect_left(starts, cut), bisect_right(ends, cut)) for cut in cuts]
         else:
             ids = self.text_encoder(text, True)
             places = [_agreement(ids, self.text_encoder(text[:cut], True)) for cut in cuts]

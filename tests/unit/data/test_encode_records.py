@@ -1,13 +1,14 @@
 """Masks by rendering turn by turn: every published template, against transformers' own masks, and what fits in a length."""
 
 import pytest
+import tokenizers
 
 from paths import SHARED
 from record_cases import CHATML, TAGGED, TALK, chat_tokenizer, marked
 from weft.data.encode_records import RecordEncoder
 from weft.data.record_kinds import Completion, Conversation, Labelled, PlainText, Preference
 from weft.errors import UserError
-from weft.tokenizer import load_tokenizer
+from weft.tokenizer import Tokenizer, load_tokenizer
 from weft.tokenizer.templates import with_chat_template
 
 TEMPLATES = [] if SHARED is None else sorted((SHARED / "tokenizers" / "chat-templates").glob("*.jinja"))
@@ -217,6 +218,16 @@ def test_published_tokenizers_cut_a_conversation_where_they_read_it(name):
     assert list(text.ids) == tokenizer.apply_chat(TALK, add_generation_prompt=False)
     end = tokenizer.token(tokenizer.eos_id)
     assert marked(tokenizer, text).split("⟦")[1:] == [f"{SAID[0]}{end}⟧\n### User:\nthe cat?\n\n### Assistant:\n", f"{SAID[1]}{end}⟧\n"]
+
+
+def test_a_space_that_offsets_leave_out_belongs_to_the_prompt():
+    plain = chat_tokenizer()
+    backend = tokenizers.Tokenizer.from_str(plain.backend.to_str())
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    text = "the cat: 4</s>"
+    for tokenizer in (plain, Tokenizer(backend, plain.settings)):
+        ids, places = tokenizer.encode_cut(text, [0, 3, 8, 9, 10, len(text)])
+        assert [tokenizer.decode(ids[place:], skip_special=False) for place in places] == [text, text[3:], text[8:], "4</s>", "</s>", ""]
 
 
 def test_a_template_may_be_chatml_or_a_file(tmp_path):
