@@ -34,7 +34,7 @@ class DPOMethod:
 
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = _settings(plan)
-        other = None if settings.reference is None else open_frozen(settings.reference, "objective.reference", plan, place)
+        other = None if settings.reference is None else open_frozen(settings.reference, "objective.reference", plan, place, policy.dtype)
         models = reference_of(policy, other, has_fresh_adapter(plan))
         return Setup(DPO(settings, policy.spec, own_reference=REFERENCE in models), models)
 

@@ -28,12 +28,15 @@ def check_frozen(source: str, key: str, plan: Plan) -> Checkpoint:
     return checkpoint
 
 
-def open_frozen(source: str, key: str, plan: Plan, place: Place) -> Model:
-    """The same with its weights, in the numbers of the run's products where these are bfloat16, which takes half the memory. A score head
-    stays in full precision, or rewards that differ by little would be rounded together."""
+def open_frozen(source: str, key: str, plan: Plan, place: Place, dtype: torch.dtype | None = None) -> Model:
+    """The same with its weights.
+
+    dtype  of the weights; None takes that of the run's products where these are bfloat16, which takes half the memory.
+    A score head stays in full precision, or rewards that differ by little would be rounded together.
+    """
     checkpoint = check_frozen(source, key, plan)
-    dtype = place.products if place.products == torch.bfloat16 else place.dtype
-    model = load_weights(checkpoint, place.device, dtype)
+    narrow = place.products if place.products == torch.bfloat16 else place.dtype
+    model = load_weights(checkpoint, place.device, dtype or narrow)
     if model.score is not None:
         model.score.to(place.dtype)
     return model.requires_grad_(False)

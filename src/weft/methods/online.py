@@ -169,7 +169,7 @@ def check_reference(plan: Plan, reference: str | None) -> None:
 
 def open_reference(plan: Plan, policy: Model, place: Place, reference: str | None) -> dict[str, Model]:
     """What is held beside a policy so that it stays near: see `reference_of`."""
-    other = None if reference is None else open_frozen(reference, "objective.reference", plan, place)
+    other = None if reference is None else open_frozen(reference, "objective.reference", plan, place, policy.dtype)
     return reference_of(policy, other, has_fresh_adapter(plan))
 
 

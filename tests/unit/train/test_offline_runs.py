@@ -146,6 +146,10 @@ def test_a_reference_is_what_training_began_with_or_what_is_named(place):
     assert list(job.trained) == ["policy"]
     named = opened(place, objective={"type": "dpo", "reference": str(place / "teacher" / "last")})
     assert named.models["reference"].spec.dim == 32
+    assert named.models["reference"].dtype == named.policy.dtype == torch.float32
+    run(place, "dpo", "dpo near itself", "steps=1", objective={"type": "dpo", "reference": str(place / "base" / "last")})
+    first = next(row["loss"] for row in logged(place / "dpo near itself") if "loss" in row)
+    assert abs(first - 0.6931472) < 1e-6, "in bfloat16 too, where a reference of rounded weights would be another model"
     adapted = opened(place, objective="dpo", adapter="lora")
     assert set(adapted.models) == {"policy"}, "a policy with an adapter is its own reference without it"
 
