@@ -19,6 +19,9 @@ from weft.train.plan import Plan
 class ClassifyMethod:
     def check(self, plan: Plan) -> None:
         encoder_of(plan)
+        own = next((stage.name or f"stage {n}" for n, stage in enumerate(plan.recipe.stages or (), 1) if stage.data is not None), None)
+        if own is not None:
+            raise UserError(f"{own} has data of its own, whose labels could mean other classes; give all texts under the recipe's data.")
 
     def batches(self, plan: Plan, place: Place) -> BatchSource:
         train, valid = read_split(plan, Labelled)

@@ -260,6 +260,13 @@ def test_bad_input_is_a_sentence(kind, settings, words, place, monkeypatch):
         run(place, kind, "bad", **settings)
 
 
+def test_stages_of_a_classifier_share_its_classes(place):
+    (place / "other.tsv").write_text("text\tlabel\nloom\tcross\nwarp\tsad\n")
+    with pytest.raises(UserError, match="late has data of its own, whose labels could mean other classes"):
+        run(place, "classify", "staged", stages=[{}, {"name": "late", "data": str(place / "other.tsv")}])
+    assert run(place, "classify", "staged", stages=[{}, {"batch": {"rows": 4, "micro": 2}}])["status"] == "finished"
+
+
 @pytest.mark.parametrize("kind", ["classify", "dpo"])
 def test_where_every_record_is_left_out_the_first_is_named(kind, place):
     row = {"text": "weft </s>", "label": "sad"} if kind == "classify" else {"prompt": "a", "chosen": "b </s>", "rejected": "c"}
