@@ -4,6 +4,7 @@
 A packed weight is never trained, but gradients pass through it to what was multiplied.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,17 +46,17 @@ class PackedWeight(nn.Module):
         self.kind, self.layout = quant.type, layout  # plain, as a compiler does not look into specs
         self.register_buffer("like", torch.empty(0), persistent=False)
 
+    @abstractmethod
     def stored(self) -> dict[str, Tensor]:
         """What a file keeps of it, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fill(self, codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> "PackedWeight":
         """Take codes uint8 [rows, columns], scales and minima [rows, groups]; returns itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `fill` took, as it is stored."""
-        raise NotImplementedError
 
     def gather_operands(self) -> None:
         """Called when the stored tensors have moved."""
@@ -85,9 +86,9 @@ class PackedWeight(nn.Module):
         """Bytes that one product reads."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.stored().values())
 
+    @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the matrix in the model's dtype: [*ids.shape, columns]; a token table's look-up."""
-        raise NotImplementedError
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole matrix [rows, columns], computed in float32 (float64 stays) and rounded to `dtype`."""
