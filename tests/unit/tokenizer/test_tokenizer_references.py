@@ -89,18 +89,18 @@ def test_gpt2_in_four_formats(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2/tokenizer.json", "ggml-vocab-phi-3.gguf", "ggml-vocab-deepseek-coder.gguf", "gpt2.tiktoken"])
 def test_one_letter_takes_linear_time(name: str) -> None:
-    """Four times the text in well under sixteen times the time, which quadratic merging would need."""
+    """Eight times the text in well under 64 times the time, which quadratic merging would need."""
     tokenizer = loaded(name)
 
     def seconds(length: int) -> float:
         best = float("inf")
         for _ in range(3):
-            begin = time.perf_counter()
+            begin = time.process_time()
             tokenizer.encode("a" * length)
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, time.process_time() - begin)
         return best
 
-    assert seconds(200_000) < 9 * seconds(50_000)
+    assert seconds(200_000) < 24 * seconds(25_000)
 
 
 @pytest.mark.parametrize("name", ["gpt2/tokenizer.json", "ggml-vocab-deepseek-coder.gguf", "cl100k_base.tiktoken"])
