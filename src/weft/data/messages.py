@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weft.data.record_kinds import Message
-from weft.data.rows import KINDS
+from weft.data.rows import KINDS, text_of
 from weft.errors import UserError, nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -17,24 +17,6 @@ _BEFORE = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-
-
-def text_of(value: Any, where: str, may_be_empty: bool = False) -> str:
-    """A string with something in it; `where` is "file:row: column 'name'". Raises UserError for anything else."""
-    if not isinstance(value, str):
-        kind = KINDS.get(type(value), type(value).__name__)
-        raise UserError(f"{where} is {kind}, not a string; make it a string, or drop the record.")
-    if not may_be_empty and not value.strip():
-        raise UserError(f"{where} is empty; write what is said there, or drop the record.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise UserError(
-            f"{where} has half of a surrogate pair (\\u{code:04x}) at character {error.start + 1}, which is no character; write the whole "
-            "pair, or drop it."
-        ) from None
-    return value
 
 
 def messages_of(value: Any, where: str, after: str = "") -> tuple[Message, ...]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from weft.data.messages import common_beginning, messages_of, text_of
+from weft.data.messages import common_beginning, messages_of
 from weft.data.record_kinds import Completion, Conversation, Labelled, Message, PlainText, Preference, Prompt, Record, Said
-from weft.data.rows import KINDS
+from weft.data.rows import KINDS, text_of
 from weft.errors import UserError, nearest
 
 HH_ANSWER = re.compile(r"\n\nAssistant:")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.data.documents import Document
-from weft.data.rows import KINDS, read_jsonl_rows, read_parquet_rows
+from weft.data.rows import read_jsonl_rows, read_parquet_rows, text_of
 from weft.errors import UserError, nearest
 
 
@@ -36,19 +36,7 @@ def to_document(record: Mapping[str, Any], field: str | None, origin: str) -> Do
 def _string(record: Mapping[str, Any], field: str, origin: str) -> str:
     if field not in record:
         raise _missing(record, field, origin)
-    value = record[field]
-    if not isinstance(value, str):
-        kind = KINDS.get(type(value), type(value).__name__)
-        raise UserError(f"{origin}: field '{field}' is {kind}, not a string; make it a string or drop the record.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise UserError(
-            f"{origin}: field '{field}' has half of a surrogate pair (\\u{code:04x}) at character {error.start + 1}, which is no "
-            "character; write the whole pair or drop it."
-        ) from None
-    return value
+    return text_of(record[field], f"{origin}: field '{field}'", may_be_empty=True)
 
 
 def _missing(record: Mapping[str, Any], field: str, origin: str) -> UserError:

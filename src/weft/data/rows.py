@@ -207,9 +207,9 @@ def read_parquet_rows(path: Path, choose: Callable[[Any], Sequence[str]] | None 
 def _hub_rows(name: str) -> Rows:
     """The rows of a dataset on the hub, its `train` split unless another is named after a colon."""
     try:
-        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        import datasets
     except ImportError:
-        raise UserError(f"there is no file {name}, and datasets are fetched with: pip install 'weft[data]'; or give a file.") from None
+        raise UserError(f"there is no file {name}, and the hub's need: pip install 'weft[datasets]'; or give a file.") from None
     repository, _, split = name.partition(":")
     try:
         rows = datasets.load_dataset(repository, split=split or "train")
@@ -221,3 +221,21 @@ def _hub_rows(name: str) -> Rows:
         ) from None
     for number, columns in enumerate(rows, 1):
         yield Row(columns, f"{name}:{number}")
+
+
+def text_of(value: Any, where: str, may_be_empty: bool = False) -> str:
+    """A string with something in it; `where` is "file:row: column 'name'". Raises UserError for anything else."""
+    if not isinstance(value, str):
+        kind = KINDS.get(type(value), type(value).__name__)
+        raise UserError(f"{where} is {kind}, not a string; make it a string, or drop the record.")
+    if not may_be_empty and not value.strip():
+        raise UserError(f"{where} is empty; write what is said there, or drop the record.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise UserError(
+            f"{where} has half of a surrogate pair (\\u{code:04x}) at character {error.start + 1}, which is no character; write the whole "
+            "pair, or drop it."
+        ) from None
+    return value

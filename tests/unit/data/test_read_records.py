@@ -208,7 +208,7 @@ def test_a_path_that_is_no_file_may_be_a_dataset(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
         read_records(tmp_path / "none.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="there is no file someone/something, and datasets are fetched with: pip install"):
+    with pytest.raises(UserError, match=r"there is no file someone/something, and the hub's need: pip install 'weft\[datasets\]'"):
         read_records("someone/something")
 
     class Hub:
