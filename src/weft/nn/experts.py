@@ -10,6 +10,7 @@ from weft.nn.fill import fill_normal
 from weft.nn.grouped import Assignment, grouped_linear, grouped_packed_linear
 from weft.nn.mixer import Side, Site, State, register
 from weft.nn.packed import PackedWeight
+from weft.nn.precision import working_dtype
 from weft.nn.router import Router, losses, statistics, within_capacity
 from weft.nn.step import Step
 from weft.spec import Experts as ExpertsSpec
@@ -116,6 +117,5 @@ def _multiply(rows: Tensor, weight: Tensor | PackedWeight, ends: Tensor) -> Tens
     """A grouped product, in autocast's dtype where it is on."""
     if isinstance(weight, PackedWeight):
         return grouped_packed_linear(rows, weight, ends)
-    device = rows.device.type
-    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+    narrow = working_dtype(rows)
     return grouped_linear(rows.to(narrow), weight.to(narrow), ends)

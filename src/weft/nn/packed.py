@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft import kernels
+from weft.nn.precision import working_dtype
 from weft.spec.quant import GROUP, Quant, QuantType
 
 ROWS = 16  # of a tile
@@ -112,12 +113,6 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}, {self.layout}"
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """In which numbers a product with x is computed: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _written_out(stored: Sequence[Tensor], layout: str, first: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weft.nn import Model
 from weft.nn.packed import PackedWeight
+from weft.nn.precision import working_dtype
 
 LEAST_TOKENS = 256  # of a chunk: with fewer, adding up the head's gradient costs more than the logits save
 CPU_LOGITS, CPU_COMPILED_LOGITS, GPU_LOGITS = 1 << 20, 1 << 22, 1 << 27  # 4 MB lies in a cache; compiled chunks cost compile time
@@ -106,8 +107,7 @@ def _counted(mask: Tensor) -> Tensor:
 
 def _frozen_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing, chunk: int | None) -> Sums:
     """The same for a head that is not trained, as one operation to a compiler: tokens that do not count are then left out there too."""
-    device = hidden.device.type
-    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    narrow = working_dtype(hidden)
     bias = None if head.bias is None else head.bias.to(narrow)
     softcap = 0.0 if head.softcap is None else head.softcap
     weight = head.weight.to(narrow)
@@ -180,7 +180,7 @@ def _sweep(
 ) -> Sums:
     """Both sums, one chunk of tokens after another, and the gradients of the first one."""
     device = hidden.device.type
-    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    narrow = working_dtype(hidden)
     wide = torch.float64 if narrow == torch.float64 else torch.float32
     with torch.autocast(device, enabled=False):
         weight, bias = head.weight.to(narrow), None if head.bias is None else head.bias.to(narrow)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.nn.precision import working_dtype
 from weft.objectives.cross_entropy import Gradients, Head, tokens_at_once
 
 Kind = Literal["forward", "reverse", "jsd"]
@@ -101,7 +102,7 @@ def _sweep(student: Side, teacher: Side, mask: Tensor, divergence: Divergence, c
     """The sum, one chunk of tokens after another, and its gradients."""
     hidden, head = student
     device = hidden.device.type
-    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    narrow = working_dtype(hidden)
     wide = torch.float64 if narrow == torch.float64 else torch.float32
     with torch.autocast(device, enabled=False):
         ours, theirs = (_cast(side.head, narrow) for side in (student, teacher))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.nn.precision import working_dtype
 from weft.objectives.cross_entropy import Gradients, Head, probabilities, tokens_at_once
 
 
@@ -55,11 +56,6 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, temperature: fl
     return LogProbs(found.log_probs.view(targets.shape), None if found.entropy is None else found.entropy.view(targets.shape))
 
 
-def _narrow(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, wide: torch.dtype) -> Tensor:
     logits = F.linear(hidden, weight, bias).to(wide)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -67,7 +63,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 def _sweep(hidden: Tensor, head: Head, targets: Tensor, temperature: float, entropy: bool, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies (empty where not asked for) and log-partition functions, [N] each."""
-    narrow = _narrow(hidden)
+    narrow = working_dtype(hidden)
     wide = torch.float64 if narrow == torch.float64 else torch.float32
     none = hidden.new_empty(0, dtype=wide)  # there may be no token at all
     values, entropies, partitions = [none], [none], [none]
@@ -101,7 +97,7 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         values, entropies, partition = _sweep(hidden, Head(weight, bias, softcap), targets, temperature, entropy, chunk)
         ctx.save_for_backward(hidden, weight, bias, targets, partition)
-        ctx.softcap, ctx.temperature, ctx.chunk, ctx.narrow = softcap, temperature, chunk, _narrow(hidden)
+        ctx.softcap, ctx.temperature, ctx.chunk, ctx.narrow = softcap, temperature, chunk, working_dtype(hidden)
         ctx.mark_non_differentiable(entropies)
         return values, entropies
 

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from weft.nn.adapters.shared import Adapters, working_dtype
+from weft.nn.adapters.shared import Adapters
 from weft.nn.channel import ACTIVATIONS
 from weft.nn.linear import affine
+from weft.nn.precision import working_dtype
 from weft.spec.adapters import Bottleneck as BottleneckSettings
 
 

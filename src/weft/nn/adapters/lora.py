@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.nn.adapters.product import adapted_product
-from weft.nn.adapters.shared import Adapters, Place, working_dtype
+from weft.nn.adapters.shared import Adapters, Place
 from weft.nn.linear import Linear, affine, row_squares
+from weft.nn.precision import working_dtype
 from weft.spec.adapters import LoRA as LoRASettings
 
 Factors = tuple[Tensor, Tensor, Tensor | None]

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from weft.nn.step import Step
@@ -54,9 +53,3 @@ class Adapters:
         if layout not in self._gates:
             self._gates[layout] = gates[self.chosen][:, None]
         return self._gates[layout]
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """In which numbers a product with x is computed: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
