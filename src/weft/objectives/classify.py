@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from weft.data.collate import ClassifiedBatch
 from weft.objectives.auxiliary import Auxiliary, statistics
-from weft.objectives.cross_entropy import head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import linear_cross_entropy
+from weft.objectives.head import head_of
 from weft.objectives.rows import last_scores, read_texts
 from weft.objectives.settings import ClassifySettings
 from weft.spec import ModelSpec

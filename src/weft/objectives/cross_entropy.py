@@ -11,20 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.nn import Model
-from weft.nn.packed import PackedWeight
 from weft.nn.precision import working_dtype
-
-LEAST_TOKENS = 256  # of a chunk: with fewer, adding up the head's gradient costs more than the logits save
-CPU_LOGITS, CPU_COMPILED_LOGITS, GPU_LOGITS = 1 << 20, 1 << 22, 1 << 27  # 4 MB lies in a cache; compiled chunks cost compile time
-
-
-class Head(NamedTuple):
-    """The map from hidden states to logits: weight [V, D], bias [V] or None, and Gemma's soft cap or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
+from weft.objectives.head import Gradients, Head, before_cap, cast_head, logits_of, scaled, tokens_at_once
 
 
 class Smoothing(NamedTuple):
@@ -43,16 +31,6 @@ class Sums(NamedTuple):
 
     loss: Tensor
     nll: Tensor
-
-
-def head_of(model: Model) -> Head:
-    """The head of a model; a tied one is its embedding. One in fewer bits is written out in the dtype of the products."""
-    head = model.head
-    weight = model.embed.weight if head.weight is None else head.weight
-    if isinstance(weight, PackedWeight):
-        device = model.device.type
-        weight = weight.dequantise(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype)
-    return Head(weight, head.bias, head.softcap)
 
 
 def naive_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing = Smoothing()) -> Sums:
@@ -108,10 +86,8 @@ def _counted(mask: Tensor) -> Tensor:
 def _frozen_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing, chunk: int | None) -> Sums:
     """The same for a head that is not trained, as one operation to a compiler: tokens that do not count are then left out there too."""
     narrow = working_dtype(hidden)
-    bias = None if head.bias is None else head.bias.to(narrow)
-    softcap = 0.0 if head.softcap is None else head.softcap
-    weight = head.weight.to(narrow)
-    loss, nll, _ = _frozen(hidden.to(narrow), weight, bias, targets, mask, softcap, smoothing.label, smoothing.z, chunk or 0)
+    weight, bias, softcap = cast_head(head, narrow)
+    loss, nll, _ = _frozen(hidden.to(narrow), weight, bias, targets, mask, softcap or 0.0, smoothing.label, smoothing.z, chunk or 0)
     return Sums(loss, nll)
 
 
@@ -150,31 +126,6 @@ def _hand_out(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
 _frozen.register_autograd(_hand_out, setup_context=_keep)
 
 
-def tokens_at_once(device: str, vocab: int) -> int:
-    """Tokens at a time: as many as keep the logits where they are quick to reach."""
-    cpu = CPU_COMPILED_LOGITS if torch.compiler.is_compiling() else CPU_LOGITS
-    return max(LEAST_TOKENS, (cpu if device == "cpu" else GPU_LOGITS) // vocab)
-
-
-class Gradients:
-    """Gradients of the summed loss, filled chunk by chunk; None where nobody asks for one."""
-
-    def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype, wanted: tuple[bool, bool, bool]) -> None:
-        self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
-        self.bias = torch.zeros_like(head.bias, dtype=wide) if head.bias is not None and wanted[2] else None
-
-    def add(self, start: int, hidden: Tensor, weight: Tensor, dlogits: Tensor) -> None:
-        """hidden [C, D] and weight [V, D] in the dtype of the products; dlogits [C, V] wide."""
-        narrow = dlogits.to(weight.dtype)
-        if self.hidden is not None:
-            self.hidden[start : start + hidden.shape[0]] = (narrow @ weight).to(self.hidden.dtype)
-        if self.weight is not None:
-            self.weight += narrow.t() @ hidden
-        if self.bias is not None:
-            self.bias += dlogits.sum(0)
-
-
 def _sweep(
     hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, smoothing: Smoothing, chunk: int, gradients: Gradients | None
 ) -> Sums:
@@ -183,14 +134,12 @@ def _sweep(
     narrow = working_dtype(hidden)
     wide = torch.float64 if narrow == torch.float64 else torch.float32
     with torch.autocast(device, enabled=False):
-        weight, bias = head.weight.to(narrow), None if head.bias is None else head.bias.to(narrow)
+        cast = cast_head(head, narrow)
         sums = torch.zeros(2, dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             h, target = hidden[start : start + chunk].to(narrow), targets[start : start + chunk, None]
             kept = mask[start : start + chunk].to(wide)
-            logits = F.linear(h, weight, bias).to(wide)
-            if head.softcap is not None:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
+            logits = logits_of(h, cast, wide)
             shares, log_partition = probabilities(logits)
             nll = log_partition - logits.gather(-1, target)[:, 0]
             losses = (1 - smoothing.label) * nll + smoothing.z * log_partition.square()
@@ -199,9 +148,7 @@ def _sweep(
             sums = sums + torch.stack([(losses * kept).sum(), (nll * kept).sum()])
             if gradients is not None:
                 dlogits = _dlogits(shares, kept * (1 + 2 * smoothing.z * log_partition), kept, target, smoothing.label)
-                if head.softcap is not None:
-                    dlogits = dlogits * (1 - (logits / head.softcap).square())
-                gradients.add(start, h, weight, dlogits)
+                gradients.add(start, h, cast.weight, before_cap(dlogits, logits, cast))
     return Sums(sums[0], sums[1])
 
 
@@ -256,11 +203,4 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        scale = outer[0]
-        return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
-            None if weight is None else (weight * scale).to(ctx.dtypes[0]),
-            None if bias is None else (bias * scale).to(ctx.dtypes[1]),
-            *(None,) * 5,
-        )
+        return *scaled(ctx.saved_tensors, outer[0], ctx.dtypes), *(None,) * 5

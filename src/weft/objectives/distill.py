@@ -9,8 +9,9 @@ import torch
 from weft.data.packing import PackedBatch
 from weft.nn import Model
 from weft.objectives.auxiliary import Auxiliary, statistics
-from weft.objectives.cross_entropy import Head, head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import linear_cross_entropy
 from weft.objectives.divergence import Divergence, Side, linear_divergence
+from weft.objectives.head import Head, head_of
 from weft.objectives.next_token import step_of
 from weft.objectives.settings import DistillSettings
 from weft.spec import ModelSpec

@@ -6,11 +6,10 @@ As in `cross_entropy`, logits of both live for one chunk of tokens, and the chun
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from weft.nn.precision import working_dtype
-from weft.objectives.cross_entropy import Gradients, Head, tokens_at_once
+from weft.objectives.head import Gradients, Head, before_cap, cast_head, logits_of, scaled, tokens_at_once
 
 Kind = Literal["forward", "reverse", "jsd"]
 
@@ -38,7 +37,7 @@ class Side(NamedTuple):
 def naive_divergence(student: Side, teacher: Side, mask: Tensor, divergence: Divergence = Divergence()) -> Tensor:
     """The definition, with all logits at once; the twin that `linear_divergence` is tested against."""
     wide = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
-    q, p = (_log_shares(_logits(side.hidden, side.head, side.hidden.dtype, wide), divergence) for side in (student, teacher))
+    q, p = (_log_shares(logits_of(side.hidden, side.head, wide), divergence) for side in (student, teacher))
     return (_each(p.detach(), q, divergence) * mask).sum()
 
 
@@ -56,12 +55,6 @@ def linear_divergence(
         loss: Tensor = _Chunked.apply(hidden, head.weight, head.bias, head.softcap, teacher, mask, divergence, chunk)
         return loss
     return _sweep(student, teacher, mask, divergence, chunk, None)
-
-
-def _logits(hidden: Tensor, head: Head, narrow: torch.dtype, wide: torch.dtype) -> Tensor:
-    bias = None if head.bias is None else head.bias.to(narrow)
-    logits = F.linear(hidden.to(narrow), head.weight.to(narrow), bias).to(wide)
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def _log_shares(logits: Tensor, divergence: Divergence) -> Tensor:
@@ -105,25 +98,19 @@ def _sweep(student: Side, teacher: Side, mask: Tensor, divergence: Divergence, c
     narrow = working_dtype(hidden)
     wide = torch.float64 if narrow == torch.float64 else torch.float32
     with torch.autocast(device, enabled=False):
-        ours, theirs = (_cast(side.head, narrow) for side in (student, teacher))
+        ours, theirs = (cast_head(side.head, narrow) for side in (student, teacher))
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             place = slice(start, start + chunk)
-            logits = _logits(hidden[place], ours, narrow, wide)
+            logits = logits_of(hidden[place].to(narrow), ours, wide)
             q = _log_shares(logits, divergence)
-            p = _log_shares(_logits(teacher.hidden[place], theirs, narrow, wide), divergence)
+            p = _log_shares(logits_of(teacher.hidden[place].to(narrow), theirs, wide), divergence)
             kept = mask[place].to(wide)
             total = total + (_each(p, q, divergence) * kept).sum()
             if gradients is not None:
                 dlogits = _slope(p, q, divergence) * (kept / divergence.temperature)[:, None]
-                if head.softcap is not None:
-                    dlogits = dlogits * (1 - (logits / head.softcap).square())
-                gradients.add(start, hidden[place].to(narrow), ours.weight, dlogits)
+                gradients.add(start, hidden[place].to(narrow), ours.weight, before_cap(dlogits, logits, head))
     return total
-
-
-def _cast(head: Head, dtype: torch.dtype) -> Head:
-    return Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype), head.softcap)
 
 
 class _Chunked(torch.autograd.Function):
@@ -151,11 +138,4 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        scale = outer[0]
-        return (
-            None if hidden is None else hidden * scale.to(hidden.dtype),
-            None if weight is None else (weight * scale).to(ctx.dtypes[0]),
-            None if bias is None else (bias * scale).to(ctx.dtypes[1]),
-            *(None,) * 5,
-        )
+        return *scaled(ctx.saved_tensors, outer[0], ctx.dtypes), *(None,) * 5

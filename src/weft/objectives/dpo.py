@@ -11,7 +11,7 @@ from weft.data.collate import ComparedBatch, TextRows
 from weft.nn import Model
 from weft.nn.model import Output
 from weft.objectives.auxiliary import Auxiliary, statistics
-from weft.objectives.cross_entropy import head_of
+from weft.objectives.head import head_of
 from weft.objectives.log_probs import linear_log_probs, token_log_probs
 from weft.objectives.reference import REFERENCE, reference_in, reference_roles
 from weft.objectives.rows import read_texts

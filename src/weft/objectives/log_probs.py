@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.nn.precision import working_dtype
-from weft.objectives.cross_entropy import Gradients, Head, probabilities, tokens_at_once
+from weft.objectives.cross_entropy import probabilities
+from weft.objectives.head import Gradients, Head, before_cap, cast_head, logits_of, tokens_at_once
 
 
 class LogProbs(NamedTuple):
@@ -56,11 +57,6 @@ def token_log_probs(hidden: Tensor, head: Head, targets: Tensor, temperature: fl
     return LogProbs(found.log_probs.view(targets.shape), None if found.entropy is None else found.entropy.view(targets.shape))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, wide: torch.dtype) -> Tensor:
-    logits = F.linear(hidden, weight, bias).to(wide)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def _sweep(hidden: Tensor, head: Head, targets: Tensor, temperature: float, entropy: bool, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, entropies (empty where not asked for) and log-partition functions, [N] each."""
     narrow = working_dtype(hidden)
@@ -68,10 +64,10 @@ def _sweep(hidden: Tensor, head: Head, targets: Tensor, temperature: float, entr
     none = hidden.new_empty(0, dtype=wide)  # there may be no token at all
     values, entropies, partitions = [none], [none], [none]
     with torch.autocast(hidden.device.type, enabled=False):
-        weight, bias = head.weight.to(narrow), None if head.bias is None else head.bias.to(narrow)
+        cast = cast_head(head, narrow)
         for start in range(0, hidden.shape[0], chunk):
             h, target = hidden[start : start + chunk].to(narrow), targets[start : start + chunk, None]
-            logits = _logits(h, weight, bias, head.softcap, wide) / temperature
+            logits = logits_of(h, cast, wide) / temperature
             shares, partition = probabilities(logits)
             values.append(logits.gather(-1, target)[:, 0] - partition)
             partitions.append(partition)
@@ -105,19 +101,18 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, partition = ctx.saved_tensors
         wide = partition.dtype
-        gradients = Gradients(hidden, Head(weight, bias), wide, ctx.needs_input_grad[:3])
+        head = Head(weight, bias, ctx.softcap)
+        gradients = Gradients(hidden, head, wide, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            narrow, narrow_bias = weight.to(ctx.narrow), None if bias is None else bias.to(ctx.narrow)
+            cast = cast_head(head, ctx.narrow)
             for start in range(0, hidden.shape[0], ctx.chunk):
                 place = slice(start, start + ctx.chunk)
                 h, target = hidden[place].to(ctx.narrow), targets[place, None]
                 scale = (outer[0][place] / ctx.temperature)[:, None]
-                logits = _logits(h, narrow, narrow_bias, ctx.softcap, wide)
+                logits = logits_of(h, cast, wide)
                 shares = (logits / ctx.temperature - partition[place, None]).exp()
                 dlogits = (shares * -scale).scatter_add(-1, target, scale)
-                if ctx.softcap is not None:
-                    dlogits = dlogits * (1 - (logits / ctx.softcap).square())
-                gradients.add(start, h, narrow, dlogits)
+                gradients.add(start, h, cast.weight, before_cap(dlogits, logits, cast))
         return (
             gradients.hidden,
             None if gradients.weight is None else gradients.weight.to(weight.dtype),

@@ -6,7 +6,8 @@ from torch import Tensor
 from weft.data.packing import PackedBatch
 from weft.nn import Model
 from weft.nn.model import Output
-from weft.objectives.cross_entropy import Smoothing, head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import Smoothing, linear_cross_entropy
+from weft.objectives.head import head_of
 from weft.train.objective import Term
 
 WEIGHT = 0.3  # DeepSeek-V3's lambda for the first ten trillion tokens (DeepSeek-AI 2024, section 4.2)

@@ -9,7 +9,8 @@ from torch import Tensor
 from weft.data.packing import PackedBatch
 from weft.nn import Model, Step
 from weft.objectives.auxiliary import Auxiliary, statistics
-from weft.objectives.cross_entropy import Smoothing, head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import Smoothing, linear_cross_entropy
+from weft.objectives.head import head_of
 from weft.objectives.mtp import WEIGHT, mtp_counts, mtp_terms
 from weft.objectives.settings import NextTokenSettings
 from weft.spec import ModelSpec

@@ -14,7 +14,7 @@ from weft.errors import UserError
 from weft.nn import Model
 from weft.nn.model import Output
 from weft.objectives.auxiliary import Auxiliary
-from weft.objectives.cross_entropy import head_of
+from weft.objectives.head import head_of
 from weft.objectives.log_probs import LogProbs, linear_log_probs
 from weft.objectives.reference import reference_in
 from weft.objectives.rows import last_scores, read_texts

@@ -10,7 +10,8 @@ from weft.data.answers import AnswerBatch
 from weft.data.prompts import PromptBatch
 from weft.objectives.advantages import clipped_policy, clipped_value, controlled, gae, whiten
 from weft.objectives.auxiliary import statistics
-from weft.objectives.cross_entropy import head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import linear_cross_entropy
+from weft.objectives.head import head_of
 from weft.objectives.next_token import step_of
 from weft.objectives.online import Online, Terms, answer_kl, answer_log_probs, answer_values, row_metrics
 from weft.objectives.reference import REFERENCE, reference_roles

@@ -8,7 +8,8 @@ import torch
 from weft.data.answers import AnswerBatch
 from weft.data.prompts import PromptBatch
 from weft.objectives.auxiliary import statistics
-from weft.objectives.cross_entropy import head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import linear_cross_entropy
+from weft.objectives.head import head_of
 from weft.objectives.online import Online, Terms, row_metrics
 from weft.objectives.rows import read_texts
 from weft.objectives.settings import RejectionSettings

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from weft.nn import Model
-from weft.objectives.cross_entropy import head_of, linear_cross_entropy
+from weft.objectives.cross_entropy import linear_cross_entropy
+from weft.objectives.head import head_of
 
 Progress = Callable[[float, float], None]  # done, of how much
 ROWS = 16  # windows scored at once

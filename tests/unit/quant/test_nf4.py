@@ -8,7 +8,7 @@ from weft.nn import build
 from weft.nn.linear import packed_weight
 from weft.nn.packed import NF4, PackedWeight
 from weft.nn.packed_nf4 import DoubleNF4Weight, dynamic_levels
-from weft.objectives.cross_entropy import head_of
+from weft.objectives.head import head_of
 from weft.quant import quantize
 from weft.quant.load import load_quantised
 from weft.quant.rounding import round_to_nearest

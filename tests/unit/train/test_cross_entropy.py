@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from weft.objectives import cross_entropy
-from weft.objectives.cross_entropy import Head, Smoothing, Sums, linear_cross_entropy, naive_cross_entropy
+from weft.objectives.cross_entropy import Smoothing, Sums, linear_cross_entropy, naive_cross_entropy
+from weft.objectives.head import Head
 
 TOKENS, DIM, IDS = 77, 12, 53
 

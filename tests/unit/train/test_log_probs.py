@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from weft.objectives.cross_entropy import Head, linear_cross_entropy
+from weft.objectives.cross_entropy import linear_cross_entropy
 from weft.objectives.divergence import Divergence, Side, linear_divergence, naive_divergence
+from weft.objectives.head import Head
 from weft.objectives.log_probs import linear_log_probs, naive_log_probs, token_log_probs
 
 TOKENS, DIM, IDS = 77, 12, 53
