@@ -1,6 +1,6 @@
 """What attention costs: each kind beside dense multi-head attention of the same size, in time, memory and decode state, as texts grow.
 
-    python benchmarks/attention.py                     about half an hour on two cores
+    python benchmarks/attention.py                     about twenty minutes on two cores
     python benchmarks/attention.py --rounds 1 --quick  whether it runs
 
 A model of two layers that hold nothing but the mixer, width 512, eight heads of 64. Training is a forward and a backward pass in bfloat16
