@@ -85,7 +85,7 @@ def reinforcing_recipe(options: Options, settings: Settings, model: Path, tokeni
             "in_flight": chosen.rows * chosen.samples,
             "unfinished": "keep",
         },
-        "batch": {"rows": chosen.rows, "length": chosen.length, "micro": min(32, chosen.rows * chosen.samples)},
+        "batch": {"rows": chosen.rows, "length": chosen.length, "micro": min(16, chosen.rows * chosen.samples)},
         "optim": {"lr": chosen.lr, "weight_decay": 0.0, "schedule": "constant", "warmup": 2},
         **_common(options, settings, tokenizer, out),
         **_length(options.minutes * chosen.share, settings),
