@@ -67,6 +67,10 @@ class Contestant:
         return self.library == "transformers" and not self.rounded and not self.heap
 
     @property
+    def races(self) -> bool:
+        return True
+
+    @property
     def tolerance(self) -> tuple[float, float]:
         """Of the loss and of the gradient's norm. Packed rows are another task."""
         return (math.inf, math.inf) if self.attention == "packed" else (TOLERANCE[self.dtype], NORM_TOLERANCE[self.dtype])
