@@ -265,6 +265,26 @@ def _bare(linear):
     return bare
 
 
+def test_numbers_that_overflow_in_one_adapter_stay_in_its_rows():
+    """A x of adapter a is infinite, and 0 times that would be no number in the rows of all others."""
+    generator = torch.Generator().manual_seed(2)
+    linear, shared = Linear(16, 24, 0.1), Adapters(LoRA())
+    factors = [(torch.randn(3, 16, generator=generator), torch.randn(24, 3, generator=generator)) for _ in range(2)]
+    both, chosen, found = SeveralLoRA(factors, linear, shared), torch.tensor([1, 2, 0]), []
+    x = torch.randn(3, 5, 16, generator=generator)
+    shared.names = ("a", "b")
+    for broken in (False, True):
+        if broken:
+            both.a[:3] = 3e38
+        step = Step.parallel(torch.zeros(3, 5, dtype=torch.long))
+        step.adapters = chosen
+        shared.begin(step)
+        found.append(both(x, linear))
+    assert not found[1][0].isfinite().all()
+    assert torch.equal(found[1][1:], found[0][1:])
+    assert not torch.equal(found[1][:1], found[0][:1]), "control"
+
+
 def test_only_what_is_named_is_trained_as_it_is():
     model = base()
     attach(model, BitFit())

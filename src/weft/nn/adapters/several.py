@@ -11,11 +11,12 @@ from weft.nn.model import Model
 
 
 class SeveralLoRA(nn.Module):
-    """y = W x + b + B (gate * (A x)), with the A and B of all adapters side by side: two products, however many adapters there are.
+    """y = W x + b + B (A x where the gate is open, else 0), with the A and B of all adapters side by side: two products, however many
+    adapters there are.
 
-    a [R, in] and b [out, R], R the sum of all their ranks; gates [adapters + 1, R] let through what belongs to a row's adapter, the first
-    row of it nothing. What the others would add is exactly zero, so that a row has
-    the same bits whatever its company, where a product has (`affine`).
+    a [R, in] and b [out, R], R the sum of all their ranks; gates [adapters + 1, R] bool let through what belongs to a row's adapter, the
+    first row of it nothing. What the others would add is exactly zero, also where their A x is no finite number, so that a row has the same
+    bits whatever its company, where a product has (`affine`). B has to be finite.
     """
 
     a: Tensor
@@ -31,15 +32,14 @@ class SeveralLoRA(nn.Module):
         self.register_buffer("a", torch.cat([a for a, _ in there]), persistent=False)
         self.register_buffer("b", torch.cat([b for _, b in there], 1), persistent=False)
         owner = torch.repeat_interleave(torch.arange(1, len(ranks) + 1), torch.tensor(ranks))
-        gates = (torch.arange(len(ranks) + 1)[:, None] == owner).to(there[0][0])
-        self.register_buffer("gates", gates, persistent=False)
+        self.register_buffer("gates", torch.arange(len(ranks) + 1)[:, None] == owner, persistent=False)
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         y = affine(x, linear.weight, linear.bias)
         if self.shared.off or self.shared.chosen is None:
             return y
-        z = affine(x, self.a) * self.shared.gate(self.ranks, self.gates)
-        return y + affine(z, self.b)
+        z = affine(x, self.a)
+        return y + affine(z.where(self.shared.gate(self.ranks, self.gates), 0), self.b)
 
 
 def naive_several(x: Tensor, linear: Linear, factors: Sequence[tuple[Tensor, Tensor] | None], chosen: Sequence[int]) -> Tensor:

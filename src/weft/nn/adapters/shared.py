@@ -49,7 +49,7 @@ class Adapters:
         self.chosen, self._gates = step.adapters if self.names else None, {}
 
     def gate(self, layout: tuple[int, ...], gates: Tensor) -> Tensor:
-        """Of a pass: the rows of gates [adapters + 1, R] that its rows chose, as [B, 1, R]. Maps of one layout share them."""
+        """Of a pass: the rows of gates [adapters + 1, R] bool that its rows chose, as [B, 1, R]. Maps of one layout share them."""
         if layout not in self._gates:
             self._gates[layout] = gates[self.chosen][:, None]
         return self._gates[layout]
