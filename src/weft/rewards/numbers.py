@@ -19,7 +19,7 @@ class GSM8K(Reward):
     field: str = "answer"
 
     def judge(self, answer: Answer) -> float:
-        wanted = final_number(str(answer.fact(self.field, "gsm8k")))
+        wanted = final_number(answer.said(self.field, "gsm8k"))
         if wanted is None:
             raise UserError(
                 f"{answer.origin}: the reward gsm8k finds no number in the column '{self.field}'; correct the record or drop it."

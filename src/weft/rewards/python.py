@@ -30,7 +30,7 @@ class PythonFunction(Reward):
         found = read_function(answer.prompt, body)
         if found is None or found.idle:
             return 0.0
-        least = 1.0 if self.like is None else count_lines(str(answer.fact(self.like, "python"))) / 2
+        least = 1.0 if self.like is None else count_lines(answer.said(self.like, "python")) / 2
         return (self.parses + (1 - self.parses) * found.share_used) * min(1.0, count_lines(body) / max(1.0, least))
 
 

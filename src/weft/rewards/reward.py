@@ -1,13 +1,16 @@
 """What is judged, and what a judge is."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from pydantic import Field
 
 from weft.data.record_kinds import Said
+from weft.data.rows import KINDS
 from weft.errors import UserError
 from weft.spec.base import Spec
 
@@ -37,6 +40,28 @@ class Answer:
                 f"{self.origin}: the reward {judge} needs the column '{name}', and the record's other columns are: {found}. Add it."
             )
         return self.facts[name]
+
+    def said(self, name: str, judge: str) -> str:
+        """A column that says how an answer should be: text, a number as people write it (4 for 4.0), or what one assistant message says.
+
+        Raises UserError for anything else, which no answer could be like.
+        """
+        value = self.fact(name, judge)
+        if isinstance(value, list | tuple):
+            value = value[0] if len(value) == 1 and isinstance(value[0], Mapping) else list(value)
+        if isinstance(value, Mapping) and value.get("role") == "assistant":
+            value = value.get("content")
+        if isinstance(value, str):
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        kind = KINDS.get(type(value), type(value).__name__)
+        raise UserError(
+            f"{self.origin}: the reward {judge} compares with the column '{name}', which is {kind}; give text, a finite number, or one "
+            "assistant message."
+        )
 
 
 class Weighed(Spec):

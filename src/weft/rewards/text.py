@@ -13,7 +13,7 @@ class Match(Reward):
     field: str = "answer"
 
     def judge(self, answer: Answer) -> float:
-        return float(answer.text.strip() == str(answer.fact(self.field, "match")).strip())
+        return float(answer.text.strip() == answer.said(self.field, "match").strip())
 
 
 class Format(Reward):

@@ -57,6 +57,44 @@ def test_text_judges():
     assert [judged("length", Answer("q", "x" * size), most=10) for size in (0, 10, 15, 20, 99)] == [1, 1, 0.5, 0, 0]
 
 
+MESSAGE = {"role": "assistant", "content": "4"}
+
+
+@pytest.mark.parametrize("fact", ["4", " 4\n", 4, 4.0, (MESSAGE,), [MESSAGE], MESSAGE])
+def test_what_a_column_says_is_told_from_its_form(fact):
+    facts = {"answer": fact}
+    assert judged("match", Answer("q", "4", facts=facts)) == 1
+    assert judged("match", Answer("q", "5", facts=facts)) == 0
+    assert judged("gsm8k", Answer("q", "it is 4", facts=facts)) == 1
+    body = "\n    return a + b\n"
+    assert judged("python", Answer(PROMPT, body, facts=facts), like="answer") == 1
+
+
+def test_numbers_are_told_as_people_write_them():
+    for fact, written in ((0.00001, "0.00001"), (-2.5, "-2.5"), (1e16, "10000000000000000")):
+        assert judged("match", Answer("q", written, facts={"answer": fact})) == 1
+        assert judged("gsm8k", Answer("q", written, facts={"answer": fact})) == 1
+
+
+@pytest.mark.parametrize(
+    ("fact", "kind"),
+    [
+        (None, "null"),
+        (True, "true or false"),
+        ([], "a list"),
+        ((MESSAGE, MESSAGE), "a list"),
+        (["4"], "a list"),
+        ({"role": "user", "content": "4"}, "an object"),
+        ([{"role": "assistant", "content": None}], "null"),
+        (math.nan, "a number"),
+    ],
+)
+@pytest.mark.parametrize(("judge", "settings"), [("match", {}), ("gsm8k", {}), ("python", {"like": "answer"})])
+def test_a_column_that_no_answer_can_be_like_is_refused(judge, settings, fact, kind):
+    with pytest.raises(UserError, match=f"d:3: the reward {judge} compares with the column 'answer', which is {kind}; give text, a finite"):
+        judged(judge, Answer(PROMPT, "\n    return a + b\n", facts={"answer": fact}, origin="d:3"), **settings)
+
+
 @pytest.mark.parametrize(
     ("body", "number"),
     [
