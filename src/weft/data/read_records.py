@@ -60,7 +60,7 @@ class FileRecords:
     format: Format | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[Record | UserError]:
-        for row in read_rows(self.path, KNOWN):
+        for row in read_rows(self.path, KNOWN, labelled=not self.kinds or Labelled in self.kinds):
             if isinstance(row, UserError):
                 yield row
             else:

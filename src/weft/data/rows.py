@@ -20,6 +20,7 @@ ROW_FILES = (*JSONL, *JSON, *DELIMITERS, *PARQUET)
 PARQUET_ROWS = 1024  # rows held at once
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")
 _BOM = b"\xef\xbb\xbf"
+_WHOLE = re.compile(r"\s*\d{1,9}\s*")
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ def is_hub_name(path: str | Path) -> bool:
     return HUB_NAME.fullmatch(str(path)) is not None and not Path(path).exists() and ending(Path(str(path))) not in ROW_FILES
 
 
-def read_rows(path: str | Path, known: Collection[str] = ()) -> Rows:
+def read_rows(path: str | Path, known: Collection[str] = (), labelled: bool = False) -> Rows:
     """The rows of one file, by the ending of its name (`.gz` is read through), or of a dataset on the hub.
 
-    known   column names, in lower case: a CSV or TSV file whose first line has none of them, and two columns, is text and label without
-            a header.
+    known     column names, in lower case: the first line of a CSV or TSV file has to have one of them.
+    labelled  or else may be a text and its label already, where it looks like that.
     Raises UserError for a file that cannot be read at all; a bad row is an error in its place.
     """
     if is_hub_name(path):
@@ -62,7 +63,7 @@ def read_rows(path: str | Path, known: Collection[str] = ()) -> Rows:
     if kind in JSON:
         return _json_rows(path)
     if kind in DELIMITERS:
-        return _table_rows(path, DELIMITERS[kind], known)
+        return _table_rows(path, DELIMITERS[kind], known, labelled)
     if kind in PARQUET:
         return read_parquet_rows(path)
     raise UserError(f"{path} is no file of records, judged by its name; give one that ends in {', '.join(ROW_FILES)}.")
@@ -138,47 +139,61 @@ def _json_rows(path: Path) -> Rows:
         yield Row(value, origin) if isinstance(value, dict) else wrong
 
 
-def _table_rows(path: Path, delimiter: str, known: Collection[str]) -> Rows:
-    """The rows of a CSV or TSV file, numbered by the line they begin on. Quotes in a TSV file are ordinary characters."""
+def _table_rows(path: Path, delimiter: str, known: Collection[str], labelled: bool) -> Rows:
+    """The rows of a CSV or TSV file, numbered by the line they begin on."""
+    names: tuple[str, ...] = ()
+    for number, cells in _cells(path, delimiter):
+        origin = f"{path}:{number}"
+        if not names:
+            names = tuple(cell.strip() for cell in cells)
+            if {name.lower() for name in names} & set(known):
+                continue
+            if not labelled or not _is_labelled(cells, path, delimiter):
+                raise UserError(
+                    f"{origin}: the first line has no column name that is known ({', '.join(name[:20] for name in names[:5])}); begin the "
+                    f"file with a header of those that are: {', '.join(sorted(known))}."
+                )
+            names = "text", "label"
+        if len(cells) != len(names):
+            yield UserError(f"{origin}: the row has {len(cells)} columns, but the file {len(names)} ({', '.join(names)}); mend it.")
+        else:
+            yield Row(dict(zip(names, map(_number, names, cells), strict=True)), origin)
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV or TSV file that are not empty, with the line each begins on. Quotes in a TSV file are ordinary characters."""
     csv.field_size_limit(sys.maxsize)
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    before = 0
     with open_binary(path) as file:
         lines = (decode(line.removeprefix(_BOM) if n == 1 else line, path, n) for n, line in enumerate(file, 1))
-        reader, before = csv.reader(lines, delimiter=delimiter, quoting=quoting), 0
-        names: tuple[str, ...] = ()
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             for cells in reader:
-                origin, before = f"{path}:{before + 1}", reader.line_num
-                if not any(cells):
-                    continue
-                if not names:
-                    names = _header(cells, origin, known)
-                    if [name.lower() for name in names] == [cell.strip().lower() for cell in cells]:
-                        continue
-                if len(cells) != len(names):
-                    yield UserError(f"{origin}: the row has {len(cells)} columns, but the file {len(names)} ({', '.join(names)}); mend it.")
-                else:
-                    yield Row(dict(zip(names, map(_number, names, cells), strict=True)), origin)
-        except (csv.Error, OSError, EOFError) as error:
-            raise UserError(f"{path}:{before + 1}: reading stopped ({error}); mend the row, or fetch the file again.") from None
+                number, before = before + 1, reader.line_num
+                if any(cells):
+                    yield number, cells
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{before + 1}: the row that begins here has quotes that do not close a cell ({error}); put a cell with quotes, "
+                "commas or line ends in quotes and double the quotes within it, or fetch the file again."
+            ) from None
+        except (OSError, EOFError) as error:
+            raise UserError(f"{path}:{before + 1}: reading stopped ({error}); fetch the file again.") from None
 
 
-def _header(cells: Sequence[str], origin: str, known: Collection[str]) -> tuple[str, ...]:
-    """The names of a table's columns: its first line, or `text` and `label` where that is a row already."""
-    names = tuple(cell.strip() for cell in cells)
-    if {name.lower() for name in names} & set(known):
-        return names
-    if len(cells) == 2:
-        return "text", "label"
-    raise UserError(
-        f"{origin}: the first line has no column name that is known ({', '.join(name[:20] for name in names[:5])}); begin the file with a "
-        "header, such as `prompt,completion`."
-    )
+def _is_labelled(cells: Sequence[str], path: Path, delimiter: str) -> bool:
+    """Whether the first line is a text and its label, for it cannot be a header: a whole number, or what is a label of a later row, too."""
+    if len(cells) != 2 or _WHOLE.fullmatch(cells[1]):
+        return len(cells) == 2
+    rows = _cells(path, delimiter)
+    next(rows)
+    return any(later[1:] == cells[1:] for _, later in rows)
 
 
 def _number(name: str, cell: str) -> str | int:
     """A table has no types: a label of digits is a number there."""
-    return int(cell) if name.lower() == "label" and re.fullmatch(r"\s*\d{1,9}\s*", cell) else cell
+    return int(cell) if name.lower() == "label" and _WHOLE.fullmatch(cell) else cell
 
 
 def read_parquet_rows(path: Path, choose: Callable[[Any], Sequence[str]] | None = None) -> Iterator[Row]:

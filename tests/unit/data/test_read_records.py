@@ -8,7 +8,7 @@ import pytest
 
 from paths import SHARED
 from record_cases import TALK, write
-from weft.data.read_records import FileRecords, read_records
+from weft.data.read_records import TEXTS, FileRecords, iterate_records, read_records
 from weft.data.record_kinds import Completion, Conversation, Labelled, PlainText, Preference, Prompt
 from weft.errors import UserError
 
@@ -102,6 +102,30 @@ def test_tables_without_a_header_are_text_and_label(tmp_path):
     ]
     (tmp_path / "b.tsv").write_text("sentence\tlabel\nyes\tgood\n")
     assert read_records(tmp_path / "b.tsv", Labelled) == [Labelled("yes", "good", f"{tmp_path}/b.tsv:2")]
+
+
+def test_a_first_line_is_text_and_label_only_where_it_can_be_no_header(tmp_path):
+    named, unknown = tmp_path / "named.csv", tmp_path / "reviews.csv"
+    named.write_text("fine,good\n\nno,bad\nwell,good\n")
+    assert [record.label for record in read_records(named)] == ["good", "bad", "good"], "good is a label of a later row"
+    assert [record.label for record in read_records(named, Labelled)] == ["good", "bad", "good"]
+    unknown.write_text("review,sentiment\nfine,good\nno,bad\nwell,good\n")
+    for kind in (None, Labelled):
+        with pytest.raises(UserError, match=r"reviews.csv:1: the first line .* known \(review, sentiment\); .* those that are: chosen, "):
+            read_records(unknown, kind)
+    with pytest.raises(UserError, match=r"named.csv:1: the first line has no column name that is known \(fine, good\)"):
+        list(iterate_records(named, TEXTS))  # questions and answers, perhaps: nothing says that only the first is to be learned
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['text,label\na,1\n"b,0\nc,1\nd,0\n', 'text,label\na,1\n"b,0\n"c",1\n', 'text,label\na,1\n"b,0'],
+    ids=["to the end", "up to the next quote", "cut"],
+)
+def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path, content):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=r"a.csv:3: the row that begins here has quotes that do not close a cell"):
+        read_records(tmp_path / "a.csv", Labelled, [])
 
 
 def test_ranked_answers_become_all_pairs_in_order(tmp_path):
