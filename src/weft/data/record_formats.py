@@ -3,6 +3,7 @@
 Names are TRL's; Alpaca and ShareGPT are converted to messages. Column names are compared in lower case.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,9 +184,13 @@ def _margin(columns: Columns, origin: str) -> float:
     margin = columns.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
-        raise UserError(f"{_at(origin, 'margin')} is {margin!r}; say by how much the chosen answer is better, 0 or more.")
-    return float(margin)
+    try:
+        number = float(margin) if isinstance(margin, int | float) and not isinstance(margin, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise UserError(f"{_at(origin, 'margin')} is {repr(margin)[:40]}; say by how much the chosen answer is better, 0 or more.")
+    return number
 
 
 def _shared_messages(chosen: list[Any], rejected: list[Any], places: Mapping[str, str]) -> tuple[Said, Said, Said]:

@@ -20,7 +20,7 @@ ROW_FILES = (*JSONL, *JSON, *DELIMITERS, *PARQUET)
 PARQUET_ROWS = 1024  # rows held at once
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?")
 _BOM = b"\xef\xbb\xbf"
-_WHOLE = re.compile(r"\s*\d{1,9}\s*")
+_WHOLE = re.compile(r"\s*[+-]?\d{1,9}\s*")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _table_rows(path: Path, delimiter: str, known: Collection[str], labelled: bo
         if len(cells) != len(names):
             yield UserError(f"{origin}: the row has {len(cells)} columns, but the file {len(names)} ({', '.join(names)}); mend it.")
         else:
-            yield Row(dict(zip(names, map(_number, names, cells), strict=True)), origin)
+            yield Row(dict(zip(names, map(_typed, names, cells), strict=True)), origin)
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -191,9 +191,16 @@ def _is_labelled(cells: Sequence[str], path: Path, delimiter: str) -> bool:
     return any(later[1:] == cells[1:] for _, later in rows)
 
 
-def _number(name: str, cell: str) -> str | int:
-    """A table has no types: a label of digits is a number there."""
-    return int(cell) if name.lower() == "label" and _WHOLE.fullmatch(cell) else cell
+def _typed(name: str, cell: str) -> str | int | float | None:
+    """A table has no types: a label that is a whole number is one there, and so is a margin a number, or nothing in an empty cell."""
+    if name.lower() == "label" and _WHOLE.fullmatch(cell):
+        return int(cell)
+    if name.lower() == "margin":
+        try:
+            return float(cell) if cell.strip() else None
+        except ValueError:
+            return cell
+    return cell
 
 
 def read_parquet_rows(path: Path, choose: Callable[[Any], Sequence[str]] | None = None) -> Iterator[Row]:

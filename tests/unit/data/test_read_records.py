@@ -117,6 +117,19 @@ def test_a_first_line_is_text_and_label_only_where_it_can_be_no_header(tmp_path)
         list(iterate_records(named, TEXTS))  # questions and answers, perhaps: nothing says that only the first is to be learned
 
 
+def test_a_table_has_no_types_but_labels_and_margins_are_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,-1\nb, 1\nc,+0\n")
+    assert [record.label for record in read_records(tmp_path / "a.csv", Labelled)] == [-1, 1, 0]
+    (tmp_path / "b.tsv").write_text("worse\t-1\nbetter\t1\n")
+    assert [record.label for record in read_records(tmp_path / "b.tsv")] == [-1, 1]
+    (tmp_path / "c.csv").write_text("prompt,chosen,rejected,margin\np,a,b,1.5\np,a,c,\n")
+    assert [pair.margin for pair in read_records(tmp_path / "c.csv", Preference)] == [1.5, 0.0]
+    for wrong in ("much", "-1", "nan", "1e999"):
+        (tmp_path / "d.csv").write_text(f"prompt,chosen,rejected,margin\np,a,b,{wrong}\n")
+        with pytest.raises(UserError, match=r"d.csv:2: column 'margin' is .*; say by how much"):
+            read_records(tmp_path / "d.csv", Preference)
+
+
 @pytest.mark.parametrize(
     "content",
     ['text,label\na,1\n"b,0\nc,1\nd,0\n', 'text,label\na,1\n"b,0\n"c",1\n', 'text,label\na,1\n"b,0'],
@@ -188,6 +201,7 @@ BAD = {
     "label missing": ({"text": "a", "label": None}, "column 'label' is null"),
     "label of no class": ({"text": "a", "label": 0.5}, "column 'label' is a number (0.5), not a class"),
     "bad margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}, "column 'margin' is -1"),
+    "endless margin": ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}, "column 'margin' is 1000000"),
     "one answer": ({"prompt": "a", "responses": ["b"]}, "no list of two answers or more"),
     "ranks of another length": ({"prompt": "a", "responses": ["b", "c"], "ranking": [1]}, "one number for each of the 2 responses"),
     "all alike": ({"prompt": "a", "responses": ["b", "c"], "ranking": [1, 1]}, "ranks all answers alike"),
