@@ -12,7 +12,7 @@ from typing import Any
 
 from weft.data.messages import common_beginning, messages_of
 from weft.data.record_kinds import Completion, Conversation, Labelled, Message, PlainText, Preference, Prompt, Record, Said
-from weft.data.rows import KINDS, text_of
+from weft.data.rows import KINDS, check_names, text_of
 from weft.errors import UserError, nearest
 
 HH_ANSWER = re.compile(r"\n\nAssistant:")
@@ -82,6 +82,7 @@ def _meant(known: Format, names: Sequence[str]) -> str:
 
 def convert(known: Format, row: Columns, origin: str) -> list[Record]:
     """The records of a row; raises UserError naming the column."""
+    check_names(map(str, row), origin)
     columns = {str(name).lower(): value for name, value in row.items()}
     lacking = known.missing([name for name, value in columns.items() if value is not None])
     if lacking:

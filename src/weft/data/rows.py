@@ -5,7 +5,8 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,7 @@ def _parsed(line: bytes, path: Path, number: int) -> Row | UserError:
 def _parse(line: str, origin: str) -> dict[str, Any]:
     """The JSON object of one line."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         what = error.msg[0].lower() + error.msg[1:]
         raise UserError(
@@ -101,11 +102,19 @@ def _parse(line: str, origin: str) -> dict[str, Any]:
             "write each record as one JSON object on one line."
         ) from None
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{origin}: bad JSON ({error}); write each record as one JSON object on one line.") from None
+        raise UserError(f"{origin}: bad JSON ({error}); write each record as one JSON object on one line, each key once.") from None
     if not isinstance(record, dict):
         fix = ' Turn a JSON array into lines with `jq -c ".[]" FILE`.' if isinstance(record, list) else ""
         raise UserError(f'{origin}: the line is {KINDS[type(record)]}, not an object; write records like {{"text": "…"}}.{fix}')
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for a key that comes twice, of which `json` would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key '{Counter(name for name, _ in pairs).most_common(1)[0][0]}' comes twice in one object")
+    return found
 
 
 def _excerpt(line: str, position: int) -> str:
@@ -125,12 +134,12 @@ def _json_rows(path: Path) -> Rows:
         yield from (_parsed(line, path, number) for number, line in enumerate(io.BytesIO(data), 1) if line.strip())
         return
     try:
-        values = json.loads(decode(data, path, 1))
+        values = json.loads(decode(data, path, 1), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         what = error.msg[0].lower() + error.msg[1:]
         raise UserError(f"{path}:{error.lineno}: bad JSON at column {error.colno} ({what}); write an array of objects.") from None
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: bad JSON ({error}); write an array of objects.") from None
+        raise UserError(f"{path}: bad JSON ({error}); write an array of objects, each key of one once.") from None
     if not isinstance(values, list):
         raise UserError(f"{path} is {KINDS[type(values)]}, not a list of records; write an array of objects.")
     for number, value in enumerate(values, 1):
@@ -147,6 +156,7 @@ def _table_rows(path: Path, delimiter: str, known: Collection[str], labelled: bo
         if not names:
             names = tuple(cell.strip() for cell in cells)
             if {name.lower() for name in names} & set(known):
+                check_names(names, origin)
                 continue
             if not labelled or not _is_labelled(cells, path, delimiter):
                 raise UserError(
@@ -191,6 +201,16 @@ def _is_labelled(cells: Sequence[str], path: Path, delimiter: str) -> bool:
     return any(later[1:] == cells[1:] for _, later in rows)
 
 
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raise UserError where two columns have the same name, for one would take the place of the other."""
+    seen: dict[str, str] = {}
+    for name in filter(None, names):
+        key = name.lower()
+        if key in seen:
+            raise UserError(f"{where}: '{seen[key]}' and '{name}' are one name for two columns (case does not matter); rename or drop one.")
+        seen[key] = name
+
+
 def _typed(name: str, cell: str) -> str | int | float | None:
     """A table has no types: a label that is a whole number is one there, and so is a margin a number, or nothing in an empty cell."""
     if name.lower() == "label" and _WHOLE.fullmatch(cell):
@@ -217,6 +237,8 @@ def read_parquet_rows(path: Path, choose: Callable[[Any], Sequence[str]] | None 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = None if choose is None else list(choose(file.schema_arrow))
+            if columns is None:
+                check_names(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for record in batch.to_pylist():
                     number += 1

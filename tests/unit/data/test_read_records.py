@@ -141,6 +141,41 @@ def test_a_quote_that_is_not_closed_swallows_no_rows(tmp_path, content):
         read_records(tmp_path / "a.csv", Labelled, [])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.csv", "text,label,text\na,1,b\n", "a.csv:1: 'text' and 'text' are one name for two columns"),
+        ("a.tsv", "Text\tlabel\ttext\na\t1\tb\n", "a.tsv:1: 'Text' and 'text' are one name"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', "a.jsonl:1: bad JSON (the key 'text' comes twice in one object)"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "role": "user", "content": "a"}]}\n',
+            "a.jsonl:1: bad JSON (the key 'role' comes twice",
+        ),
+        ("a.jsonl", '{"text": "a", "Text": "b"}\n', "a.jsonl:1: 'text' and 'Text' are one name"),
+        ("a.json", '[{"text": "a", "text": "b"}]', "a.json: bad JSON (the key 'text' comes twice in one object)"),
+    ],
+)
+def test_no_column_takes_the_place_of_another(tmp_path, name, content, place):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as told:
+        read_records(tmp_path / name)
+    assert place in str(told.value)
+
+
+def test_no_column_of_parquet_takes_the_place_of_another(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for names in (["text", "text"], ["text", "Text"]):
+        parquet.write_table(pyarrow.table([["a"], ["b"]], names=names), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=rf"a.parquet: '{names[0]}' and '{names[1]}' are one name for two columns"):
+            read_records(tmp_path / "a.parquet")
+
+
+def test_columns_without_a_name_are_no_columns(tmp_path):
+    (tmp_path / "a.csv").write_text(",text,label,\n0,a,1,\n")
+    assert read_records(tmp_path / "a.csv", Labelled) == [Labelled("a", 1, f"{tmp_path}/a.csv:2")]
+
+
 def test_ranked_answers_become_all_pairs_in_order(tmp_path):
     rows = [
         {"prompt": "p", "responses": ["a", "b", "c"]},
