@@ -157,7 +157,7 @@ def _texts(encoder: RecordEncoder, record: Record) -> dict[str, Encoded]:
     if isinstance(record, Labelled):
         return {f"label {record.label}": encoder.labelled(record)}
     if isinstance(record, Prompt):
-        ids = encoder.prompt(record.prompt, record.origin)
+        ids = encoder.prompt(record.prompt, record.origin, record.tools)
         return {"prompt": Encoded(ids, (False,) * len(ids))}
     assert isinstance(record, Conversation | Completion | PlainText)
     texts = encoder.encode(record)

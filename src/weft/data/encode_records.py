@@ -109,12 +109,12 @@ class RecordEncoder:
 
     def completion(self, record: Completion) -> Encoded:
         """A prompt and what is trained on after it, with the end token: of text the tokenizer's, of messages the template's."""
-        prompt, answer = self._parts(record.prompt, record.completion, record.origin)
+        prompt, answer = self._parts(record.prompt, record.completion, record.tools, record.origin)
         return self._joined(prompt, answer, self._room(prompt, [answer]), record.origin)
 
     def preference(self, record: Preference) -> EncodedPair:
         """Both answers of a pair, their common prompt cut alike."""
-        pair = [self._parts(record.prompt, answer, record.origin) for answer in (record.chosen, record.rejected)]
+        pair = [self._parts(record.prompt, answer, record.tools, record.origin) for answer in (record.chosen, record.rejected)]
         cut = min(len(prompt) - self._room(prompt, [answer for _, answer in pair]) for prompt, _ in pair)
         chosen, rejected = (self._joined(prompt, answer, len(prompt) - cut, record.origin) for prompt, answer in pair)
         return EncodedPair(chosen, rejected, record.margin)
@@ -127,14 +127,14 @@ class RecordEncoder:
         """A text and the end token, all of it trained on."""
         return self._plain(record.text, record.origin)
 
-    def prompt(self, said: Said, origin: str = "the prompt") -> tuple[int, ...]:
+    def prompt(self, said: Said, origin: str = "the prompt", tools: Sequence[Message] = ()) -> tuple[int, ...]:
         """What is read before an answer: text, or messages and the generation prompt. Its left end gives way to the length."""
         if isinstance(said, str):
             self._check_plain(said, origin)
             ids = [*self._bos, *self.tokenizer.encode_batch([said])[0]]
         else:
             self._check_messages(said, origin)
-            ids = self.tokenizer.encode_cut(self._render(said, (), True, origin), ())[0]
+            ids = self.tokenizer.encode_cut(self._render(said, tools, True, origin), ())[0]
         return tuple(self._left_cut(ids, len(ids) if self.length is None else self.length))
 
     # Conversations.
@@ -217,7 +217,7 @@ class RecordEncoder:
 
     # Prompts and answers.
 
-    def _parts(self, prompt: Said, answer: Said, origin: str) -> tuple[list[int], _Answer]:
+    def _parts(self, prompt: Said, answer: Said, tools: Sequence[Message], origin: str) -> tuple[list[int], _Answer]:
         """The ids of a prompt, and an answer to it."""
         if isinstance(prompt, str) and isinstance(answer, str):
             for said in (prompt, answer):
@@ -229,7 +229,7 @@ class RecordEncoder:
         assert not isinstance(answer, str), "read_records gives prompt and answer both as text or both as messages"
         messages = (*prompt, *answer)
         self._check_messages(messages, origin)
-        turns = [self._turn(messages, index, (), origin) for index in _answers(messages) if index >= len(prompt)]
+        turns = [self._turn(messages, index, tools, origin) for index in _answers(messages) if index >= len(prompt)]
         if not all(turn.stands_in(turns[-1].text) for turn in turns):
             raise UserError(
                 f"{origin}: the answer is {len(answer)} messages, of which the chat template rewrites one later on; write the earlier ones "

@@ -91,18 +91,18 @@ def _as_kinds(records: Sequence[Record], kinds: Sequence[type], row: Row) -> lis
     if Conversation in kinds and isinstance(record, Prompt) and not isinstance(record.prompt, str):
         answer = record.facts.get("answer")
         if isinstance(answer, str) and answer.strip():
-            return [Conversation((*record.prompt, {"role": "assistant", "content": answer}), record.origin)]
+            return [Conversation((*record.prompt, {"role": "assistant", "content": answer}), record.origin, record.tools)]
     raise unrecognised([str(name).lower() for name in row.columns], row.origin, kinds)
 
 
 def _prompt_of(record: Conversation | Completion | Preference) -> Prompt:
     """What was asked, and what the record has for an answer among the facts."""
     if isinstance(record, Completion):
-        return Prompt(record.prompt, record.origin, {"completion": record.completion})
+        return Prompt(record.prompt, record.origin, {"completion": record.completion}, record.tools)
     if isinstance(record, Preference):
-        return Prompt(record.prompt, record.origin, {"chosen": record.chosen, "rejected": record.rejected})
+        return Prompt(record.prompt, record.origin, {"chosen": record.chosen, "rejected": record.rejected}, record.tools)
     last = max(index for index, message in enumerate(record.messages) if message["role"] == "assistant")
-    return Prompt(record.messages[:last], record.origin, {"completion": record.messages[last:]})
+    return Prompt(record.messages[:last], record.origin, {"completion": record.messages[last:]}, record.tools)
 
 
 def list_files(paths: str | Path | Sequence[str | Path]) -> list[Path | str]:

@@ -102,10 +102,13 @@ def _said(value: Any, where: str, after: str = "") -> Said:
     return messages_of(value, where, after) if isinstance(value, list | tuple) else text_of(value, where)
 
 
-def _tools(columns: Columns, origin: str) -> tuple[Message, ...]:
+def _tools(columns: Columns, origin: str, said: Said = ()) -> tuple[Message, ...]:
+    """What an assistant may call; raises UserError where what is `said` is text, into which no chat template writes it."""
     tools = columns.get("tools") or ()
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
         raise UserError(f"{_at(origin, 'tools')} is no list of objects; give the JSON schemas of the functions, or leave it out.")
+    if tools and isinstance(said, str):
+        raise UserError(f"{_at(origin, 'tools')} is given, but no chat template writes it before text; give messages, or leave it out.")
     return tuple(dict(tool) for tool in tools)
 
 
@@ -128,7 +131,7 @@ def _dialogue(column: str) -> Callable[[Columns, str], list[Record]]:
 def _completion(columns: Columns, origin: str) -> list[Record]:
     prompt, completion = _said(columns["prompt"], _at(origin, "prompt")), _said(columns["completion"], _at(origin, "completion"), "user")
     _same_form(origin, {"prompt": prompt, "completion": completion})
-    return [Completion(prompt, completion, origin)]
+    return [Completion(prompt, completion, origin, _tools(columns, origin, prompt))]
 
 
 def _same_form(origin: str, parts: Mapping[str, Said]) -> None:
@@ -154,7 +157,7 @@ def _alpaca(columns: Columns, origin: str) -> list[Record]:
     told = columns.get("system")
     system = ({"role": "system", "content": told},) if isinstance(told, str) and told.strip() else ()
     turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": text_of(columns[answer], _at(origin, answer))})
-    return [Conversation((*system, *turns), origin)]
+    return [Conversation((*system, *turns), origin, _tools(columns, origin))]
 
 
 def _preference(columns: Columns, origin: str) -> list[Record]:
@@ -173,7 +176,7 @@ def _preference(columns: Columns, origin: str) -> list[Record]:
     _same_form(origin, dict(zip(places, parts, strict=True)))
     if parts[1] == parts[2]:
         raise UserError(f"{places['chosen']} and 'rejected' are the same answer, which prefers nothing; drop the record.")
-    return [Preference(*parts, origin, _margin(columns, origin))]
+    return [Preference(*parts, origin, _margin(columns, origin), _tools(columns, origin, parts[0]))]
 
 
 def _speaks_first(value: Sequence[Any]) -> bool:
@@ -237,13 +240,14 @@ def _ranked(columns: Columns, origin: str) -> list[Record]:
     if not numbers or len(ranks) != len(answers):
         raise UserError(f"{_at(origin, str(name))} is {ranks!r}; give one number for each of the {len(answers)} responses.")
     order = [-rank for rank in ranks] if name == "scores" else ranks
+    tools = _tools(columns, origin, prompt)
     pairs: list[Record] = []
     for one, other in combinations(sorted(range(len(answers)), key=lambda index: order[index]), 2):
         if order[one] == order[other]:
             continue
         if answers[one] == answers[other]:
             raise UserError(f"{_at(origin, 'responses')} has the same answer twice (number {one + 1} and {other + 1}); leave one out.")
-        pairs.append(Preference(prompt, answers[one], answers[other], origin))
+        pairs.append(Preference(prompt, answers[one], answers[other], origin, tools=tools))
     if not pairs:
         raise UserError(f"{_at(origin, str(name))} ranks all answers alike, which prefers nothing; drop the record.")
     return pairs
@@ -265,13 +269,15 @@ def _labelled(columns: Columns, origin: str) -> list[Record]:
 
 def _question(columns: Columns, origin: str) -> list[Record]:
     asked: Message = {"role": "user", "content": text_of(columns["question"], _at(origin, "question"))}
-    return [Prompt((asked,), origin, {name: value for name, value in columns.items() if name != "question"})]
+    facts = {name: value for name, value in columns.items() if name != "question"}
+    return [Prompt((asked,), origin, facts, _tools(columns, origin))]
 
 
 def _prompt(columns: Columns, origin: str) -> list[Record]:
     prompt = _said(columns["prompt"], _at(origin, "prompt"))
     _same_form(origin, {"prompt": prompt})
-    return [Prompt(prompt, origin, {name: value for name, value in columns.items() if name != "prompt"})]
+    facts = {name: value for name, value in columns.items() if name != "prompt"}
+    return [Prompt(prompt, origin, facts, () if isinstance(prompt, str) else _tools(columns, origin))]
 
 
 def _text(columns: Columns, origin: str) -> list[Record]:

@@ -27,6 +27,7 @@ class Completion:
     prompt: Said
     completion: Said
     origin: str
+    tools: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Preference:
     rejected: Said
     origin: str
     margin: float = 0.0
+    tools: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Prompt:
     prompt: Said
     origin: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)

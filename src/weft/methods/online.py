@@ -139,7 +139,7 @@ def prompt_examples(records: Sequence[Prompt], plan: Plan, max_tokens: int) -> l
     room = plan.length - max_tokens
 
     def example(record: Prompt) -> PromptExample:
-        found = PromptExample(encoder.prompt(record.prompt, record.origin), record.prompt, record.origin, dict(record.facts))
+        found = PromptExample(encoder.prompt(record.prompt, record.origin, record.tools), record.prompt, record.origin, dict(record.facts))
         if not found.num_tokens:
             raise UserError(f"{record.origin}: the prompt has no tokens; write one, or drop the record.")
         return found

@@ -27,7 +27,7 @@ def compared_batches(plan: Plan, place: Place, grouped: bool, left_out: frozense
         pairs = encoded(plan, records, lambda record: (record, _without(encoder.preference(record), left_out, record)))
         prompts: dict[str, list[EncodedPair]] = {}
         for number, (record, pair) in enumerate(pairs):
-            said = json.dumps(record.prompt, sort_keys=True, default=str) if grouped else str(number)
+            said = json.dumps((record.prompt, record.tools), sort_keys=True, default=str) if grouped else str(number)
             prompts.setdefault(said, []).append(pair)
         return [_example(pairs) for pairs in prompts.values()]
 

@@ -167,6 +167,18 @@ def test_what_does_not_fit_is_cut_and_counted():
     assert (plain.num_tokens, plain.ids[-1]) == (5, tokenizer.eos_id), "the end stays"
 
 
+def test_tools_are_rendered_before_prompts_answers_and_pairs():
+    template = "{% if tools %}{{ '<|im_start|>tools\n' + tools[0]['name'] + '<|im_end|>\n' }}{% endif %}" + CHATML
+    encoder, tools = RecordEncoder(chat_tokenizer(template)), ({"name": "add"},)
+    whole = encoder.conversation(Conversation(TALK, "a:1", tools))
+    start = whole.ids[: whole.trained.index(True)]
+    pair = encoder.preference(Preference(TALK[:1], (TALK[1],), (TALK[3],), "a:1", tools=tools))
+    assert encoder.prompt(TALK[:1], "a:1", tools) == start
+    assert encoder.completion(Completion(TALK[:1], (TALK[1],), "a:1", tools)).ids[: len(start)] == start
+    assert [answer.ids[: len(start)] for answer in (pair.chosen, pair.rejected)] == [start, start]
+    assert encoder.prompt(TALK[:1]) != start, "control"
+
+
 def test_a_conversation_is_cut_at_its_end_but_not_to_nothing():
     tokenizer = chat_tokenizer()
     whole = RecordEncoder(tokenizer).conversation(Conversation(TALK, "a:1"))

@@ -203,6 +203,43 @@ def test_records_that_say_more_are_cut_down_to_what_is_wanted(tmp_path):
         read_records(write(tmp_path / "e.jsonl", [{"prompt": "a", "complation": "b"}]), Completion)
 
 
+TOOLS = ({"name": "add"},)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASK], "completion": [ANSWER]},
+        {"prompt": [ASK], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"chosen": [ASK, ANSWER], "rejected": [ASK, OTHER]},
+        {"prompt": [ASK], "responses": [[ANSWER], [OTHER]]},
+        {"prompt": [ASK]},
+        {"question": "2+2?", "answer": "4"},
+        {"messages": [ASK, ANSWER]},
+        {"instruction": "Add.", "output": "4"},
+    ],
+)
+def test_tools_go_with_every_record_of_messages(tmp_path, row):
+    path = write(tmp_path / "a.jsonl", [{**row, "tools": list(TOOLS)}])
+    kinds = [None, Prompt, *([Conversation] if "question" in row else [])]
+    assert [record.tools for kind in kinds for record in read_records(path, kind)] == [TOOLS] * len(kinds)
+    assert [record.tools for record in read_records(write(tmp_path / "b.jsonl", [row]))] == [()], "control"
+
+
+def test_tools_of_text_would_be_written_by_nothing(tmp_path):
+    for row in (
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "responses": ["b", "c"]},
+    ):
+        with pytest.raises(
+            UserError, match=r"a.jsonl:1: column 'tools' is given, but no chat template writes it before text; give messages"
+        ):
+            read_records(write(tmp_path / "a.jsonl", [{**row, "tools": list(TOOLS)}]))
+    (prompt,) = read_records(write(tmp_path / "a.jsonl", [{"prompt": "a", "tools": "some"}]))
+    assert (prompt.facts, prompt.tools) == ({"tools": "some"}, ()), "a column like another"
+
+
 def _user(text):
     return {"role": "user", "content": text}
 
