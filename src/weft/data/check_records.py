@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from weft.data.encode_records import Encoded, RecordEncoder
@@ -140,7 +140,8 @@ def check_records(
                 continue
             _count(found, record, texts, seen)
             if texts:
-                _keep(kept, (record.origin, texts), found.num_records, chance)
+                shown = dict(islice(texts.items(), SHOWN_SAMPLES)) if isinstance(record, PlainText) else texts  # a book has many pieces
+                _keep(kept, (record.origin, shown), found.num_records, chance)
         found.files.append((str(path), records.format.name if records.format else None, found.num_records - before))
     if not found.num_records and not found.num_errors:
         raise UserError(f"there is no record in {', '.join(path for path, _, _ in found.files)}; give a file that is not empty.")
@@ -161,6 +162,8 @@ def _texts(encoder: RecordEncoder, record: Record) -> dict[str, Encoded]:
         return {"prompt": Encoded(ids, (False,) * len(ids))}
     assert isinstance(record, Conversation | Completion | PlainText)
     texts = encoder.encode(record)
+    if isinstance(record, PlainText) and len(texts) > 1:
+        return {f"piece {number}": text for number, text in enumerate(texts, 1)}
     return {"" if number == 0 else f"earlier answer {number}": text for number, text in enumerate(texts)}
 
 

@@ -74,7 +74,7 @@ class RecordEncoder:
     """Records through a tokenizer and its chat template.
 
     length   the most ids of a text; None sets no bound. A conversation is cut at its end. A prompt gives way from its left to the answer,
-             down to half of the length; then the answer is cut at its end.
+             down to half of the length; then the answer is cut at its end. Text without a prompt becomes several.
     Every method raises UserError, which begins with the record's origin, for what cannot be trained on: a template that is missing or that
     refuses the messages, a turn without an end token, special tokens spelled out in what is said, and records of which no token that is
     trained on fits in the length.
@@ -91,7 +91,7 @@ class RecordEncoder:
         if isinstance(record, Completion):
             return [self.completion(record)]
         assert isinstance(record, PlainText)
-        return [self.text(record)]
+        return self.texts(record)
 
     def conversation(self, record: Conversation) -> Encoded:
         """A whole conversation up to its last answer, trained on every answer that it holds as the model would have written it.
@@ -120,12 +120,19 @@ class RecordEncoder:
         return EncodedPair(chosen, rejected, record.margin)
 
     def labelled(self, record: Labelled) -> Encoded:
-        """A text and the end token, at which its class is read (Radford et al. 2018, section 3.2); all of it trained on."""
-        return self._plain(record.text, record.origin)
+        """A text and the end token, at which its class is read (Radford et al. 2018, section 3.2); all of it trained on. A text that is too
+        long is cut before the end token, which stays."""
+        ids = self._plain(record.text, record.origin)
+        kept = ids if self.length is None or len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]
+        return self._checked(kept, [True] * len(kept), len(ids), record.origin)
 
-    def text(self, record: PlainText) -> Encoded:
-        """A text and the end token, all of it trained on."""
-        return self._plain(record.text, record.origin)
+    def texts(self, record: PlainText) -> list[Encoded]:
+        """A text and the end token, all of it trained on: in as many pieces as fit in the length, each of which begins with the last token
+        of the one before, to read it."""
+        ids = self._plain(record.text, record.origin)
+        step = len(ids) if self.length is None else max(1, self.length - 1)
+        pieces = [ids[start : start + step + 1] for start in range(0, max(1, len(ids) - 1), step)]
+        return [self._checked(piece, [True] * len(piece), len(piece), record.origin) for piece in pieces]
 
     def prompt(self, said: Said, origin: str = "the prompt", tools: Sequence[Message] = ()) -> tuple[int, ...]:
         """What is read before an answer: text, or messages and the generation prompt. Its left end gives way to the length."""
@@ -257,13 +264,10 @@ class RecordEncoder:
         whole = len(prompt) + len(answer.ids)
         return self._checked([*kept, *answer.ids], [*(False for _ in kept), *answer.trained], whole, origin)
 
-    def _plain(self, text: str, origin: str) -> Encoded:
-        """A text, cut at its end, and the end token, which always stays."""
+    def _plain(self, text: str, origin: str) -> list[int]:
+        """The ids of a text and the end token."""
         self._check_plain(text, origin)
-        ids, eos = [*self._bos, *self.tokenizer.encode_batch([text])[0]], self._eos(origin)
-        whole = len(ids) + 1
-        kept = [*(ids if self.length is None else ids[: self.length - 1]), eos]
-        return self._checked(kept, [not (index == 0 and self._bos) for index in range(len(kept))], whole, origin)
+        return [*self._bos, *self.tokenizer.encode_batch([text])[0], self._eos(origin)]
 
     @property
     def _bos(self) -> list[int]:

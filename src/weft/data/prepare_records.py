@@ -111,6 +111,7 @@ def _describe(source: str, tokenizer: Tokenizer, settings: RecordSettings) -> Ma
         prefix_bytes=0,
         settings={
             "records": True,
+            "long_texts": "pieces",
             "template": sha256(templates.encode()).hexdigest(),
             "length": settings.length,
             "valid": settings.valid,

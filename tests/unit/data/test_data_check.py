@@ -64,6 +64,15 @@ def test_colours_are_for_terminals_and_control_characters_for_nobody(folder, mon
     assert "in green" in text
 
 
+def test_a_long_text_is_shown_in_pieces_of_which_nothing_is_cut(folder):
+    path = write(folder / "long.jsonl", [{"text": "the cat sat on the mat " * 9}])
+    found = check_records(str(path), chat_tokenizer(), "sft", length=16)
+    assert [sample.part for sample in found.samples] == ["piece 1", "piece 2", "piece 3"]
+    assert max(found.lengths) == 17
+    assert len(found.lengths) > 3
+    assert (found.num_records, found.truncated, found.cut_tokens) == (1, 0, 0)
+
+
 def test_every_kind_is_encoded_as_its_objective_reads_it(folder):
     rows = {
         "dpo": ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen", "rejected"}),

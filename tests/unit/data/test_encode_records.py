@@ -131,7 +131,7 @@ def test_text_records_have_the_ids_of_the_joint_text_and_an_end():
     assert list(text.ids[1:-1]) == tokenizer.encode_batch(["the cat sat there"])[0]
     merged = encoder.completion(Completion("what is t", "wo", "a:1"))
     assert marked(tokenizer, merged) == "<s>what is t⟦wo</s>⟧", "as a model writes it after the prompt"
-    assert marked(tokenizer, encoder.text(PlainText("the cat", "a:1"))) == "<s>⟦the cat</s>⟧"
+    assert [marked(tokenizer, text) for text in encoder.texts(PlainText("the cat", "a:1"))] == ["<s>⟦the cat</s>⟧"]
     assert marked(tokenizer, encoder.labelled(Labelled("the cat", 1, "a:1"))) == "<s>⟦the cat</s>⟧"
     pair = encoder.preference(Preference("the", " cat", " mat sat", "a:1", 1.5))
     assert [marked(tokenizer, answer) for answer in (pair.chosen, pair.rejected)] == ["<s>the⟦ cat</s>⟧", "<s>the⟦ mat sat</s>⟧"]
@@ -141,7 +141,7 @@ def test_text_records_have_the_ids_of_the_joint_text_and_an_end():
 
 def test_the_first_token_is_no_target():
     tokenizer = chat_tokenizer(None)
-    text = RecordEncoder(tokenizer).text(PlainText("the cat", "a:1"))
+    (text,) = RecordEncoder(tokenizer).texts(PlainText("the cat", "a:1"))
     assert text.trained[0] is False
     assert all(text.trained[1:])
 
@@ -163,8 +163,26 @@ def test_what_does_not_fit_is_cut_and_counted():
         tokenizer.decode([t for t, on in zip(e.ids, e.trained, strict=True) if not on]) for e in (pair.chosen, pair.rejected)
     )
     assert chosen == rejected != prompt
-    plain = RecordEncoder(tokenizer, 5).text(PlainText(prompt, "a:1"))
+    plain = RecordEncoder(tokenizer, 5).labelled(Labelled(prompt, 1, "a:1"))
     assert (plain.num_tokens, plain.ids[-1]) == (5, tokenizer.eos_id), "the end stays"
+    assert plain.cut > 0
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_long_text_is_trained_on_to_its_end_in_pieces(bos):
+    """As pretraining does: only the last piece ends with the end token, and every token but the first is a target once."""
+    tokenizer, record = chat_tokenizer(None, bos=bos), PlainText("the cat sat on the mat " * 4, "a:1")
+    (whole,) = RecordEncoder(tokenizer).texts(record)
+    for length in (2, 5, whole.num_tokens - 1, whole.num_tokens):
+        pieces = RecordEncoder(tokenizer, length).texts(record)
+        assert max(piece.num_tokens for piece in pieces) == length
+        assert [token for piece in pieces for token in piece.ids[1:]] == list(whole.ids[1:])
+        assert [before.ids[-1] for before in pieces[:-1]] == [after.ids[0] for after in pieces[1:]]
+        assert all(piece.trained == (False, *[True] * (piece.num_tokens - 1)) for piece in pieces)
+        assert [piece.ids.count(tokenizer.eos_id) for piece in pieces] == [0] * (len(pieces) - 1) + [1]
+        assert {piece.cut for piece in pieces} == {0}
+    with pytest.raises(UserError, match=r"a:1: .* beyond the length of 1; raise the length to 2"):
+        RecordEncoder(tokenizer, 1).texts(record)
 
 
 def test_tools_are_rendered_before_prompts_answers_and_pairs():
@@ -256,4 +274,4 @@ def test_a_template_may_be_chatml_or_a_file(tmp_path):
 
 def test_special_tokens_in_text_records_are_refused():
     with pytest.raises(UserError, match="a:7: the text spells out the special token </s>"):
-        RecordEncoder(chat_tokenizer(None)).text(PlainText("a </s> b", "a:7"))
+        RecordEncoder(chat_tokenizer(None)).texts(PlainText("a </s> b", "a:7"))
