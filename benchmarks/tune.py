@@ -190,15 +190,11 @@ def of_lora(rows: list[dict[str, Any]]) -> float:
 
 
 def main() -> int:
-    made = parser(__doc__, rounds=9, tiny="two layers and a batch of no interest")
-    made.add_argument("--only", help="contestants whose name contains one of these words, with commas between; the reference always")
-    options = made.parse_args()
+    options = parser(__doc__, rounds=9, tiny="two layers and a batch of no interest").parse_args()
     shape = Shape(layers=2, rows=2, length=40) if options.tiny else Shape()
     facts = machine("transformers", "peft")
-    first, *others = contestants(not options.eager)
-    words = options.only.split(",") if options.only else [""]
-    entrants = [first, *(each for each in others if any(word in each.name for word in words))]
-    racers = take_turns(entrants, others[0], write_inputs, step_of, shape, options.rounds, fall=0.005)
+    entrants = contestants(not options.eager)
+    racers = take_turns(entrants, entrants[1], write_inputs, step_of, shape, options.rounds, fall=0.005)
     if racers is None:
         return 1
     best, rows = report(racers, shape.rows * shape.length, "PEFT", aside="nf4", memory=True)
