@@ -76,10 +76,10 @@ def prepare_records(
     return Prepared(folder, manifest, reused=False)
 
 
-def num_dropped(folder: str | Path) -> int:
-    """How many records were left out of a prepared folder."""
+def why_dropped(folder: str | Path) -> list[str]:
+    """Why records were left out of a prepared folder, a sentence each."""
     path = Path(folder) / DROPPED
-    return path.read_text("utf-8").count("\n") if path.is_file() else 0
+    return path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
 
 
 def _records(source: str, settings: RecordSettings, dropped: list[UserError]) -> Iterator[Record]:

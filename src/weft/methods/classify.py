@@ -24,7 +24,7 @@ class ClassifyMethod:
             raise UserError(f"{own} has data of its own, whose labels could mean other classes; give all texts under the recipe's data.")
 
     def batches(self, plan: Plan, place: Place) -> BatchSource:
-        train, valid = read_split(plan, Labelled)
+        train, valid = read_split(plan, place, Labelled)
         names, encoder = classes_of(plan.spec, train), encoder_of(plan)
         numbers = {name: number for number, name in enumerate(names)}
         for record in valid:
@@ -32,14 +32,14 @@ class ClassifyMethod:
                 raise UserError(f"{record.origin}: the label is {record.label!r}, which no text to train on has; {_allowed(names)}.")
 
         def examples(records: Sequence[Labelled]) -> list[Classified]:
-            return encoded(plan, records, lambda record: Classified(encoder.labelled(record), numbers[str(record.label)]))
+            return encoded(plan, place, records, lambda record: Classified(encoder.labelled(record), numbers[str(record.label)]))
 
         made, held_out = examples(train), examples(valid)
         widest = max(example.num_tokens for example in [*made, *held_out])
         return example_batches(plan, place, made, held_out, collate_classified, widest)
 
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
-        names = classes_of(plan.spec, read_split(plan, Labelled)[0])
+        names = classes_of(plan.spec, read_split(plan, place, Labelled)[0])
         numbered = not policy.spec.labels and names == _names_of(policy.spec)  # a classifier whose outputs have no names goes without
         return train_score(policy, len(names), plan.recipe.seed, () if numbered else names)
 

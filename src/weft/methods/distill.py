@@ -8,12 +8,12 @@ from weft.data.examples import split_examples
 from weft.data.lessons import Lesson, LessonBatches
 from weft.data.prompts import collate
 from weft.data.read_records import TEXTS, iterate_records
-from weft.data.record_kinds import Completion, Conversation, PlainText
+from weft.data.record_kinds import Record
 from weft.errors import UserError
 from weft.methods.frozen import check_frozen, open_frozen
 from weft.methods.method import Place, Setup
 from weft.methods.next_token import NextTokenMethod
-from weft.methods.records import encoder_of
+from weft.methods.records import encoded, encoder_of
 from weft.methods.sft import check_packing, reads_records, record_batches
 from weft.nn import Model
 from weft.objectives.distill import TEACHER, Distill
@@ -74,17 +74,18 @@ def _check_on_policy(plan: Plan, settings: DistillSettings) -> None:
 def _lessons(plan: Plan, place: Place) -> LessonBatches:
     """Prompts with the texts that the data goes on with."""
     recipe, world, settings = plan.recipe, place.world, _settings(plan)
-    dropped: list[UserError] | None = [] if plan.data.drop_bad else None
+    encoder, room, dropped = encoder_of(plan), plan.length - settings.max_tokens, list[UserError]()
+
+    def written(record: Record) -> list[Lesson]:
+        return [_lesson(text, record.origin, room) for text in encoder.encode(record)]
 
     def lessons(paths: Sequence[str]) -> list[Lesson]:
-        made = []
-        for record in iterate_records(paths, TEXTS, dropped) if paths else ():
-            assert isinstance(record, Conversation | Completion | PlainText)
-            made += [_lesson(text, record.origin, plan.length - settings.max_tokens) for text in encoder_of(plan).encode(record)]
-        return made
+        records = list(iterate_records(paths, TEXTS, dropped if plan.data.drop_bad else None))
+        return [lesson for made in encoded(plan, place, records, written) for lesson in made]
 
     train = lessons([source.path for source in plan.data.sources])
     valid = lessons([plan.data.held_out] if plan.data.held_out is not None else [])
+    place.dropped.update(map(str, dropped))
     if not valid:
         train, valid = split_examples(train, plan.data.valid, recipe.seed)
     mean = round(sum(len(lesson.text.ids) for lesson in train) / max(1, len(train)))

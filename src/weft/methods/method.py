@@ -23,6 +23,7 @@ class Place:
     dtype     of weights.        cache     folder for what data is turned into.
     progress  is told how far raw text has been prepared.
     products  dtype of matrix products, by autocast.
+    dropped   why records were left out (`data.drop_bad`), each once, however many stages read it; the run card has their number.
     """
 
     device: torch.device
@@ -31,6 +32,7 @@ class Place:
     cache: Path
     progress: Progress | None = None
     products: torch.dtype = torch.float32
+    dropped: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

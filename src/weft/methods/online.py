@@ -62,7 +62,8 @@ class OnlineMethod(ABC, Generic[S]):
 
     def batches(self, plan: Plan, place: Place) -> BatchSource:
         recipe, world = plan.recipe, place.world
-        train, valid = (prompt_examples(records, plan, self.settings(plan).max_tokens) for records in read_split(plan, Prompt))
+        most = self.settings(plan).max_tokens
+        train, valid = (prompt_examples(records, plan, place, most) for records in read_split(plan, place, Prompt))
         if not valid:
             train, valid = split_examples(train, plan.data.valid, recipe.seed)
         mean = round(sum(example.num_tokens for example in train) / max(1, len(train)))
@@ -133,7 +134,7 @@ def tokenizer_of(plan: Plan) -> Tokenizer:
     return plan.tokenizer
 
 
-def prompt_examples(records: Sequence[Prompt], plan: Plan, max_tokens: int) -> list[PromptExample]:
+def prompt_examples(records: Sequence[Prompt], plan: Plan, place: Place, max_tokens: int) -> list[PromptExample]:
     """Prompts as ids. One that leaves too little of a row to answer in is refused, or left out where the recipe says `data.drop_bad`."""
     encoder = RecordEncoder(tokenizer_of(plan))
     room = plan.length - max_tokens
@@ -144,7 +145,7 @@ def prompt_examples(records: Sequence[Prompt], plan: Plan, max_tokens: int) -> l
             raise UserError(f"{record.origin}: the prompt has no tokens; write one, or drop the record.")
         return found
 
-    found = encoded(plan, records, example)
+    found = encoded(plan, place, records, example)
     over = [example for example in found if example.num_tokens > room]
     if over and (len(over) == len(found) or not plan.data.drop_bad):
         longest = max(example.num_tokens for example in over)
@@ -153,6 +154,7 @@ def prompt_examples(records: Sequence[Prompt], plan: Plan, max_tokens: int) -> l
             f"({len(over)} of {len(found)} prompts are too long); set batch.length to {longest + max_tokens}, lower "
             "objective.max_tokens, or leave such prompts out with data.drop_bad=true."
         )
+    place.dropped.update(f"{example.origin}: the prompt is too long" for example in over)
     return [example for example in found if example.num_tokens <= room]
 
 

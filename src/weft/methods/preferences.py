@@ -24,14 +24,14 @@ def compared_batches(plan: Plan, place: Place, grouped: bool, left_out: frozense
     encoder = encoder_of(plan)
 
     def examples(records: Sequence[Preference]) -> list[Compared]:
-        pairs = encoded(plan, records, lambda record: (record, _without(encoder.preference(record), left_out, record)))
+        pairs = encoded(plan, place, records, lambda record: (record, _without(encoder.preference(record), left_out, record)))
         prompts: dict[str, list[EncodedPair]] = {}
         for number, (record, pair) in enumerate(pairs):
             said = json.dumps((record.prompt, record.tools), sort_keys=True, default=str) if grouped else str(number)
             prompts.setdefault(said, []).append(pair)
         return [_example(pairs) for pairs in prompts.values()]
 
-    made, held_out = (examples(records) for records in read_split(plan, Preference))
+    made, held_out = (examples(records) for records in read_split(plan, place, Preference))
     widest = max(len(answer.ids) for example in [*made, *held_out] for answer in example.answers)
     return example_batches(plan, place, made, held_out, collate_compared, widest)
 

@@ -15,22 +15,25 @@ from weft.train.plan import Plan
 
 R = TypeVar("R", Labelled, Preference, Prompt)
 E = TypeVar("E", bound=Example)
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-def read_split(plan: Plan, kind: type[R]) -> tuple[list[R], list[R]]:
+def read_split(plan: Plan, place: Place, kind: type[R]) -> tuple[list[R], list[R]]:
     """The records that a recipe's data names, and those it holds out by name; raises UserError for records of another kind."""
     weighed = [source.path for source in plan.data.sources if source.weight is not None]
     if weighed:
         raise UserError(f"data gives {weighed[0]} a weight, but records are read once an epoch each; drop the weights.")
     data = plan.data
-    dropped: list[UserError] | None = [] if data.drop_bad else None
-    records: Any = read_records([source.path for source in data.sources], kind, dropped)
-    held_out: Any = read_records([data.held_out], kind, dropped) if data.held_out is not None else []
+    dropped: list[UserError] = []
+    wanted = dropped if data.drop_bad else None
+    records: Any = read_records([source.path for source in data.sources], kind, wanted)
+    held_out: Any = read_records([data.held_out], kind, wanted) if data.held_out is not None else []
+    place.dropped.update(map(str, dropped))
     return records, held_out
 
 
-def encoded(plan: Plan, records: Sequence[R], encode: Callable[[R], T]) -> list[T]:
+def encoded(plan: Plan, place: Place, records: Sequence[S], encode: Callable[[S], T]) -> list[T]:
     """Every record as an example; those that cannot be one are left out where the recipe says `data.drop_bad`, as long as one can."""
     made: list[T] = []
     bad: list[UserError] = []
@@ -43,6 +46,7 @@ def encoded(plan: Plan, records: Sequence[R], encode: Callable[[R], T]) -> list[
             bad.append(error)
     if bad and not made:
         raise UserError(f"data.drop_bad leaves none of the {len(records)} records. The first: {bad[0]}")
+    place.dropped.update(map(str, bad))
     return made
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from weft.data.encoder import fingerprint
 from weft.data.load import DataSpec, SourceSpec, open_batches
-from weft.data.prepare_records import RecordSettings, num_dropped, prepare_records
+from weft.data.prepare_records import RecordSettings, prepare_records, why_dropped
 from weft.data.rows import ROW_FILES, ending, is_hub_name
-from weft.data.shards import is_prepared
 from weft.errors import UserError
 from weft.methods.method import Place, Setup
 from weft.nn import Model
@@ -34,8 +33,7 @@ class SFTMethod:
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = plan.recipe.objective
         assert isinstance(settings, SFTSettings)
-        dropped = sum(num_dropped(_place_of(plan, place, source)) for source in plan.data.sources if not is_prepared(source.path))
-        return Setup(SFT(settings, spec=plan.spec), facts={"records_dropped": dropped} if plan.data.drop_bad else {})
+        return Setup(SFT(settings, spec=plan.spec))
 
 
 def reads_records(plan: Plan) -> bool:
@@ -86,4 +84,5 @@ def _folder(plan: Plan, place: Place, source: SourceSpec) -> Path:
     assert plan.tokenizer is not None
     folder = _place_of(plan, place, source)
     prepare_records(source.path, plan.tokenizer, folder, _settings(plan, source), place.progress)
+    place.dropped.update(why_dropped(folder))
     return folder

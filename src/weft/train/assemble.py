@@ -133,7 +133,7 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
         world=world,
         essentials=recipe.essentials(),
         optims=setup.optims,
-        facts=setup.facts,
+        facts={**setup.facts, "records_dropped": len(place.dropped)} if plan.data.drop_bad or place.dropped else setup.facts,
         engine=setup.engine,
         stages=stages,
         average=recipe.average,
