@@ -81,8 +81,4 @@ def _critic(plan: Plan, settings: PPOSettings, place: Place) -> Model:
         model = load_weights(open_checkpoint(source), place.device, place.dtype)
     if model.spec.score != 1:
         model = add_score(model, 1, plan.recipe.seed)
-    if model.head.weight is not None:  # the language model's head is not read, so it has no gradient to be trained by
-        model.head.weight.requires_grad_(False)
-    if model.head.bias is not None:
-        model.head.bias.requires_grad_(False)
     return without_dropout(model)

@@ -22,10 +22,10 @@ class Classify:
     Terms `class` and, unless its weight is 0, `lm`. Metric `accuracy`, the share of texts whose likeliest class is theirs.
     """
 
-    roles: Mapping[str, Role] = {POLICY: Role(trained=True)}
-
     def __init__(self, settings: ClassifySettings | None = None, spec: ModelSpec | None = None) -> None:
         self.lm = (settings or ClassifySettings()).lm
+        reads = frozenset({"score", "head"} if self.lm else {"score"})
+        self.roles: Mapping[str, Role] = {POLICY: Role(trained=True, reads=reads)}
         self.auxiliary = Auxiliary(spec)
 
     def rollout(self, engine: Any, batch: ClassifiedBatch) -> ClassifiedBatch:

@@ -25,7 +25,6 @@ class NextToken:
     layers hand out losses, such as experts, theirs (`weft.objectives.auxiliary`), which takes the model's `spec`.
     """
 
-    roles: Mapping[str, Role] = {POLICY: Role(trained=True)}
     name = "next_token"
 
     def __init__(
@@ -36,6 +35,10 @@ class NextToken:
         self.depth = depth if self.mtp_weight else 0
         self.auxiliary = Auxiliary(spec, self.depth)
         self.smoothing, self.chunk = Smoothing(settings.label_smoothing, settings.z_loss), chunk
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        return {POLICY: Role(trained=True, reads=frozenset({"head", "mtp"} if self.depth else {"head"}))}
 
     def rollout(self, engine: Any, batch: PackedBatch) -> PackedBatch:
         return batch

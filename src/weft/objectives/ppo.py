@@ -41,7 +41,7 @@ class PPO(Online):
         super().__init__(settings, spec)
         self.settings, self.beta = settings, settings.beta
         names = [POLICY, REFERENCE] if own_reference else [POLICY]
-        self.roles: Mapping[str, Role] = {**reference_roles(names), CRITIC: Role(trained=True)}
+        self.roles: Mapping[str, Role] = {**reference_roles(names), CRITIC: Role(trained=True, reads=frozenset({"score"}))}
         if settings.reward is not None:
             self.roles = {**self.roles, "reward": Role(trained=False)}
 

@@ -29,7 +29,7 @@ class Reward:
     answers.
     """
 
-    roles: Mapping[str, Role] = {POLICY: Role(trained=True)}
+    roles: Mapping[str, Role] = {POLICY: Role(trained=True, reads=frozenset({"score"}))}
 
     def __init__(self, settings: RewardSettings | None = None, spec: ModelSpec | None = None) -> None:
         self.centre = (settings or RewardSettings()).centre

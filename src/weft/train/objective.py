@@ -9,6 +9,7 @@ from torch import Tensor
 from weft.nn import Model
 
 POLICY = "policy"  # the role of the model a run is about
+ENDS = ("head", "score", "mtp")  # what is read of a model behind its last layer, by one objective and not by another
 Models = Mapping[str, Model]
 
 
@@ -17,9 +18,11 @@ class Role:
     """A model an objective works with.
 
     trained   True for the policy and a critic, which get an optimiser each; False for a reference or a reward model, which are frozen.
+    reads     those of `ENDS` that the loss comes from. The others of a trained model are frozen: they would have no gradient.
     """
 
     trained: bool
+    reads: frozenset[str] = frozenset({"head"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Objective(Protocol[B]):
     rehearses step 0, that `loss` returns the same counts.
     """
 
-    roles: Mapping[str, Role]
+    @property
+    def roles(self) -> Mapping[str, Role]: ...
 
     def rollout(self, engine: Any, batch: B) -> B:
         """What is generated before the loss (PPO, GRPO, on-policy distillation); offline objectives return the batch itself."""
@@ -79,6 +83,17 @@ class Objective(Protocol[B]):
         processes, it is handed to the model's `after_step` once its weights are updated.
         """
         ...
+
+
+def set_trained(model: Model, role: Role) -> None:
+    """Put a model in the mode of its role, and freeze what is not trained in it. A tied head is the embedding's, which is trained on."""
+    model.train(role.trained)
+    if not role.trained:
+        model.requires_grad_(False)
+    for name in ENDS:
+        part = getattr(model, name)
+        if part is not None and name not in role.reads:
+            part.requires_grad_(False)
 
 
 @runtime_checkable

@@ -55,8 +55,9 @@ class Report:
         """Of training on a row: three times the forward pass (one forward, two backward), for every trained model; twice where an adapter
         is trained, as the weights have no gradients then."""
         total = 0.0
-        for model in self.job.trained.values():
-            total += (3 if model.adapters is None else 2) * (model.spec.flops(length) + model.spec.mtp_flops(length))
+        for role, model in self.job.trained.items():
+            ahead = model.spec.mtp_flops(length) if "mtp" in self.job.objective.roles[role].reads else 0
+            total += (3 if model.adapters is None else 2) * (model.spec.flops(length) + ahead)
         return total
 
     def begin(self, state: TrainState) -> None:

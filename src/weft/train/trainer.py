@@ -22,7 +22,7 @@ from weft.train.feed import Feed
 from weft.train.history import History, MetricsFile, Row, check_finite
 from weft.train.interrupt import Interrupt
 from weft.train.job import Job
-from weft.train.objective import POLICY, Batch, Stateful
+from weft.train.objective import POLICY, Batch, Role, Stateful, set_trained
 from weft.train.optim import Optimizer, clip_gradients
 from weft.train.report import Report
 from weft.train.rng import capture_rng, restore_rng, seed_rng
@@ -45,12 +45,10 @@ class Trainer:
     def __init__(self, job: Job, callbacks: Sequence[Callback] = ()) -> None:
         self.job, self.world, self.device = job, job.world, job.compute.device
         self.callbacks = list(callbacks) if job.world.leads else []
-        for role, model in job.models.items():
-            trained = role in job.trained
-            model.train(trained)
-            if not trained:
-                model.requires_grad_(False)
-            model.gradient_checkpointing = trained and job.compute.gradient_checkpointing
+        for name, model in job.models.items():
+            role = job.objective.roles.get(name, Role(trained=False))
+            set_trained(model, role)
+            model.gradient_checkpointing = role.trained and job.compute.gradient_checkpointing
         self.optimizers = {role: Optimizer(model, job.optims.get(role, job.optim)) for role, model in job.trained.items()}
         self.parameters = [parameter for optimizer in self.optimizers.values() for parameter in optimizer.parameters]
         self.schedules = {role: job.path(optimizer.settings) for role, optimizer in self.optimizers.items()}

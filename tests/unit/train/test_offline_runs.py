@@ -16,14 +16,17 @@ from weft.errors import UserError
 from weft.methods import Place
 from weft.methods.classify import classes_of
 from weft.methods.frozen import open_frozen
+from weft.nn import build
 from weft.nn.adapters import adapters_off
-from weft.spec import ModelSpec
+from weft.spec import ModelSpec, model_spec
+from weft.tokenizer import load_tokenizer
 from weft.train.assemble import open_job, run_recipe
 from weft.train.callbacks import Callback
 from weft.train.parallel import World
 from weft.train.plan import make_plan
 from weft.train.recipe import override, read_recipe, recipe
 from weft.weights.load import load_model
+from weft.weights.save import save_model
 
 PLAIN = {**MODEL, "dropout": {}}
 WORDS = ("loom", "weft", "warp", "thread", "shuttle")
@@ -109,6 +112,48 @@ def test_a_run_ends_with_a_model_and_goes_on_bit_for_bit(kind, place):
         assert (place / kind / name).read_bytes() == (place / f"{kind} killed" / name).read_bytes(), name
     run(place, kind, f"{kind} other", seed=1)
     assert (place / kind / "metrics.jsonl").read_bytes() != (place / f"{kind} other" / "metrics.jsonl").read_bytes()
+
+
+UNREAD = {
+    "next_token": ("text.txt", {"type": "next_token", "mtp": 0}, {"score", "mtp"}),
+    "mtp": ("text.txt", "next_token", {"score"}),
+    "sft": ("talks.jsonl", "sft", {"score", "mtp"}),
+    "classify": ("texts.tsv", {"type": "classify", "lm": 0}, {"head", "mtp"}),
+    "classify, lm": ("texts.tsv", "classify", {"mtp"}),
+    "reward": ("pairs.jsonl", "reward", {"head", "mtp"}),
+    "dpo": ("pairs.jsonl", "dpo", {"score", "mtp"}),
+    "distill": ("text.txt", {"type": "distill", "teacher": "ends"}, {"score", "mtp"}),
+}
+
+
+@pytest.fixture(scope="module")
+def ends(place):
+    """A model with all that an objective may leave unread: a head of its own, a score head, a module that looks ahead."""
+    spec = model_spec({**PLAIN, "vocab": 257, "tie_embeddings": False, "score": 2, "labels": ["glad", "sad"], "mtp": {"depth": 1}})
+    save_model(build(spec, seed=4), place / "ends", load_tokenizer(place / "tok"))
+    (place / "talks.jsonl").write_text("".join(json.dumps({"prompt": f"{n} ", "completion": WORDS[n % 5]}) + "\n" for n in range(30)))
+    return place / "ends"
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_an_objective_does_not_read_is_kept_and_the_run_goes_on(kind, place, ends, monkeypatch):
+    monkeypatch.chdir(place)
+    file, objective, unread = UNREAD[kind]
+    given = {"model": "ends", "data": {"sources": [file], "valid": 0.2}, "objective": objective, "optim": {"lr": 1e-2}, "steps": 4}
+    straight, killed = f"{kind} ends", f"{kind} ends killed"
+    train(place, straight, **given)
+    with pytest.raises(Killed):
+        train(place, killed, callbacks=[KillAt(4)], **given)
+    train(place, killed, **given)
+    for name in ("last/model.safetensors", "last/optimizer/model.safetensors", "metrics.jsonl"):
+        assert (place / straight / name).read_bytes() == (place / killed / name).read_bytes(), name
+    before, after = (load_model(folder).model.state_dict() for folder in (ends, place / straight / "last"))
+    kept = {name.partition(".")[0] for name in before if name in after and torch.equal(before[name], after[name])}
+    assert kept == unread
+    moments = load_file(place / straight / "last/optimizer/model.safetensors")
+    assert {name.split(".")[1] for name in moments} == {name.partition(".")[0] for name in after} - unread
+    trained = sum(tensor.numel() for name, tensor in after.items() if name.partition(".")[0] not in unread)
+    assert json.loads((place / straight / "run.json").read_text())["model"]["trained"] == trained
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)

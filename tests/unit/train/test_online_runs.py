@@ -88,6 +88,25 @@ def test_a_run_that_crashed_is_the_run_that_did_not(tmp_path, kind):
     assert read_metrics(other / "metrics.jsonl") != rows
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_what_is_not_read_is_kept_and_the_run_goes_on(tmp_path, kind):
+    """The modules that look ahead, and a critic's own head."""
+    data = online.write_run(tmp_path, **KINDS[kind])
+    data["model"] |= {"tie_embeddings": False, "mtp": {"depth": 1}}
+    straight, crashed = tmp_path / "straight", tmp_path / "crashed"
+    run(data, out=str(straight), steps=2)
+    with pytest.raises(Stop):
+        run(data, CrashAfter(2), out=str(crashed), steps=2)
+    run(data, out=str(crashed), steps=2)
+    assert read_metrics(crashed / "metrics.jsonl") == read_metrics(straight / "metrics.jsonl")
+    assert (crashed / "last/optimizer/model.safetensors").read_bytes() == (straight / "last/optimizer/model.safetensors").read_bytes()
+    fresh = open_job(make_plan(recipe(data)), None, World()).models
+    for role, unread in (("policy", {"mtp"}), ("critic", {"head", "mtp"})) if kind == "ppo" else (("policy", {"mtp"}),):
+        after = load_model(straight / "last" / ("" if role == "policy" else role)).model.state_dict()
+        kept = {name.partition(".")[0] for name, tensor in fresh[role].state_dict().items() if torch.equal(after[name], tensor)}
+        assert kept == unread, role
+
+
 def test_ppo_with_a_reward_model_and_other_text(tmp_path):
     data = online.write_run(tmp_path, **KINDS["ppo"], rewards={})
     tokenizer = online.load_tokenizer(tmp_path / "tok")
