@@ -1,4 +1,4 @@
-"""What methods make of records: those that are left out are counted."""
+"""What methods make of records: those that are left out are counted, and pairs that teach nothing are refused."""
 
 import json
 
@@ -6,7 +6,7 @@ import online_cases as online
 import pytest
 import torch
 
-from record_cases import write
+from record_cases import CHATML, chat_tokenizer, write
 from weft.errors import UserError
 from weft.train.assemble import open_job, run_recipe
 from weft.train.parallel import World
@@ -78,3 +78,43 @@ def test_the_count_is_in_the_card_of_a_run(tmp_path):
     objective, (rows, *wrong) = KINDS["dpo"]
     run_recipe(recipe(recipe_of(tmp_path, objective, [*rows, *wrong], drop_bad=True) | {"steps": 1}))
     assert json.loads((tmp_path / "run/run.json").read_text())["run"]["records_dropped"] == 2
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_a_pair_that_differs_only_behind_the_cut_is_refused(tmp_path, kind):
+    rows = [*PAIRS, {"prompt": "a", "chosen": "b" * 30 + "c", "rejected": "b" * 30 + "d"}]
+    data = recipe_of(tmp_path, {"type": kind}, rows)
+    with pytest.raises(UserError, match=r"rows.jsonl:9: chosen and rejected are the same as far as they are read; raise batch.length"):
+        opened(data)
+    assert opened(data, batch={"rows": 4, "length": 40}).batches.batch(0).num_rows, "control: with room for the difference"
+
+
+@pytest.mark.parametrize("empty", ["chosen", "rejected"])
+def test_a_pair_of_which_only_format_would_be_scored_is_refused(tmp_path, empty):
+    """An answer that is a call of a tool, which this template leaves out, is nothing but the template's end token."""
+    asked = [{"role": "user", "content": "a"}]
+    answers = {name: [{"role": "assistant", "content": "b"}] for name in ("chosen", "rejected")}
+    answers[empty] = [{"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}]
+    rows = [{"prompt": asked, **answers}] * 4
+    data = recipe_of(tmp_path, {"type": "dpo", "mask_format": True}, rows)
+    chat_tokenizer(CHATML.replace("message['content']", "(message['content'] or '')")).save(tmp_path / "chat")
+    given = {"tokenizer": str(tmp_path / "chat"), "batch": {"rows": 2, "length": 64}}
+    with pytest.raises(UserError, match=rf"rows.jsonl:1: nothing of {empty} is scored but the template's own tokens; drop the pair"):
+        opened(data, **given)
+    assert opened(data, **given, objective={"type": "dpo"}).batches.batch(0).num_rows, "control: the end token counts"
+
+
+def test_tools_are_part_of_a_prompt_to_be_answered_and_to_be_judged(tmp_path):
+    asked = [{"role": "user", "content": "a"}]
+    template = "{% if tools %}{{ '<|im_start|>' + tools[0]['name'] + '<|im_end|>' }}{% endif %}" + CHATML
+    given = {"tokenizer": str(tmp_path / "chat"), "batch": {"rows": 2, "length": 64}}
+    rows = [{"prompt": asked, "tools": [{"name": name}]} for name in ("add", "subtract")] * 2
+    data = recipe_of(tmp_path, KINDS["grpo"][0], rows, drop_bad=False)
+    chat_tokenizer(template).save(tmp_path / "chat")
+    job = opened(data, **given)
+    read = {job.tokenizer.decode(list(example.ids), skip_special=False).split("<|im_end|>")[0] for example in job.batches.examples}
+    assert read == {"<|im_start|>add", "<|im_start|>subtract"}
+    answers = {"chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "c"}]}
+    write(tmp_path / "rows.jsonl", [{**row, **answers} for row in rows])
+    batches = opened(data, **given, objective={"type": "reward"}, data={**data["data"], "valid": 0}).batches
+    assert len(batches.examples) == 2, "pairs of one prompt are one example, and other tools are another prompt"

@@ -2,17 +2,21 @@
 
 import online_cases as online
 import pytest
+import tokenizers
 import torch
 
 from weft.data.answers import AnswerBatch, Answered
 from weft.data.collate import TextRows
 from weft.data.prompts import HELD_OUT, PromptBatches, PromptExample, collate, prompt_seed
 from weft.engine import Engine, Request, SamplingParams
+from weft.errors import UserError
 from weft.nn.adapters import adapter_parameters, adapters_off, attach
 from weft.objectives.online import answer_log_probs
 from weft.objectives.rows import read_texts
 from weft.spec.adapters import LoRA
+from weft.tokenizer import Settings, Tokenizer
 from weft.train.objective import POLICY
+from weft.train.rollout import Sampling, check_sampling
 from weft.weights.adapter_places import choose_places
 from weft.zoo import family_of
 
@@ -148,3 +152,12 @@ def test_every_answer_is_in_every_epoch_once(epochs, minibatches):
         assert narrow.texts.mask.sum() == part.texts.mask[-1].sum()
     again = answers().updates(epochs, minibatches)
     assert all(torch.equal(a.columns["number"], b.columns["number"]) for a, b in zip(parts, again, strict=True))
+
+
+def test_something_has_to_end_an_answer(tokenizer):
+    endless = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})), Settings())
+    assert not endless.eos_ids
+    with pytest.raises(UserError, match=r"the tokenizer has no end token, so every answer would go on to its limit; give objective\.stop"):
+        check_sampling(Sampling(8), endless)
+    check_sampling(Sampling(8, stop=(".",)), endless)
+    check_sampling(Sampling(8), tokenizer)
