@@ -162,6 +162,12 @@ def put_adapters(model: Model, stored: Mapping[str, StoredAdapter], family: Fami
         put_adapter(model, each, family)
         linears = [(key, module) for key, module in model.named_modules() if isinstance(module, Linear)]
         factors[name] = {key: linear.adapter.fused(model.dtype) for key, linear in linears if isinstance(linear.adapter, LoRAAdapter)}
+        for key, pair in factors[name].items():
+            if not all(bool(factor.isfinite().all()) for factor in pair):
+                raise UserError(
+                    f"{each.path}: its change of {key} has numbers too large for {str(model.dtype).removeprefix('torch.')}; take dtype "
+                    "float32, or serve it as a model of its own."
+                )
         if any(".cross." in f".{key}." for key in factors[name]):
             raise UserError(f"{each.path} changes cross-attention, whose memory is read once for all rows; serve it as a model of its own.")
         detach(model)
@@ -197,7 +203,7 @@ def _places(model: Model, stored: StoredAdapter, family: Family) -> tuple[Place,
 
 def fill_adapter(model: Model, stored: StoredAdapter) -> None:
     """Fill the adapter of a model from a folder of the same form. Raises UserError where it is for another model, and where tensors are
-    missing, superfluous or misshapen."""
+    missing, superfluous, misshapen or not finite."""
     _check_base(stored, model.adapters.identity if model.adapters is not None else None)
     ours, rules = stored_parameters(model), adapter_rules(model)
     expected = {rule.source.name: rule for rule in rules}
@@ -213,6 +219,9 @@ def fill_adapter(model: Model, stored: StoredAdapter) -> None:
             raise UserError(f"{what}: {name} is {'x'.join(map(str, shape))}, and this model needs {'x'.join(map(str, needed))} there.")
     named = [One(rule.ours, _renamed(rule.source, _stored_name(stored, rule.source.name))) for rule in rules]
     load_tensors(ours, named, stored.files, "", str(stored.path))
+    for name, rule in expected.items():
+        if not bool(ours[rule.ours].isfinite().all()):
+            raise UserError(f"{stored.path} is damaged: {name} holds numbers that are not finite; fetch or train the adapter again.")
 
 
 def _stored_name(stored: StoredAdapter, name: str) -> str:

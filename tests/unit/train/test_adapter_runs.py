@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from system.train_runs import MODEL, RECIPE, make_inputs
@@ -24,8 +25,10 @@ from weft.train.matrices import trained_weights
 from weft.train.parallel import World
 from weft.train.plan import make_plan
 from weft.train.recipe import override, recipe
+from weft.weights.adapter_files import put_adapters, read_adapter
 from weft.weights.load import load_model
 from weft.weights.save import save_model
+from weft.zoo import FAMILIES
 
 FORMS = {
     "lora": {"type": "lora", "rank": 3, "dropout": 0.2},
@@ -209,6 +212,26 @@ def test_an_adapter_without_a_model_or_on_an_adapter_is_refused(place):
 def test_verbs_that_need_one_set_of_weights_say_so(verb, place, tmp_path):
     if not (place / "one for verbs").exists():
         train(place, "one for verbs", adapter="ia3", steps=1)
+def test_numbers_that_are_not_finite_are_refused_by_name(place):
+    train(place, "spoilt", adapter=FORMS["lora"], steps=1)
+    folder = place / "spoilt" / "last"
+    (folder / "weft_adapter.json").unlink()  # so that the base may be read in another format
+    found = tensors(folder)
+    name = next(name for name in found if name.endswith("lora_B.weight"))
+    for value in (math.nan, math.inf):
+        save_file({**found, name: torch.full_like(found[name], value)}, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=rf"last is damaged: {re.escape(name)} holds numbers that are not finite"):
+            load_model(folder)
+    save_file({**found, name: torch.full_like(found[name], 1e30)}, folder / "adapter_model.safetensors")
+    load_model(folder)
+    half = load_model(place / "base" / "last", dtype=torch.float16)
+    with pytest.raises(UserError, match=r"its change of blocks\.\d\.\S+ has numbers too large for float16; take dtype float32"):
+        put_adapters(half.model, {"a": read_adapter(folder)}, FAMILIES["llama"])
+    save_file(found, folder / "adapter_model.safetensors")
+    half = load_model(place / "base" / "last", dtype=torch.float16)
+    put_adapters(half.model, {"a": read_adapter(folder)}, FAMILIES["llama"])
+
+
     words = {"ADAPTER": str(place / "one for verbs" / "last"), "OUT": str(tmp_path / "out")}
     outcome = CliRunner().invoke(app, [words.get(word, word) for word in verb])
     assert isinstance(outcome.exception, UserError)
