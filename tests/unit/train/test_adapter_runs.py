@@ -285,6 +285,30 @@ def test_a_run_is_not_resumed_on_a_base_that_has_changed(place):
         train(place, "upon", model=str(place / "moved"), adapter=FORMS["lora"], callbacks=[KillAt(4)])
     with torch.no_grad():
         moved.model.norm.weight += 0.5
+def test_a_model_with_virtual_tokens_is_not_read_without_them(place):
+    rows = [{"prompt": f"the {i}", "chosen": " weft", "rejected": " warp"} for i in range(12)]
+    (place / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = {"data": {"sources": [str(place / "few.jsonl")], "valid": 0.2}, "batch": {"rows": 2}}
+    for form in ("lora", "prompt", "prefix"):
+        train(place, f"{form} beside", adapter=FORMS[form], steps=1)
+    tuned = {form: str(place / f"{form} beside" / "last") for form in FORMS}
+    train(place, "judge", adapter=FORMS["prompt"], objective="reward", steps=1, **pairs)
+    judge, match = str(place / "judge" / "last"), {"rewards": {"length": {"most": 4}}, "max_tokens": 4}
+    for settings, role in (
+        ({"objective": {"type": "distill", "teacher": tuned["prefix"]}}, "teacher"),
+        ({"objective": {"type": "dpo", "reference": tuned["prompt"]}, **pairs}, "reference"),
+        ({"objective": {"type": "dpo", "reference": tuned["prompt"]}, "adapter": {"type": "prompt", "tokens": 3}, **pairs}, "reference"),
+        ({"objective": {"type": "rejection", "samples": 2, "reward": judge, "max_tokens": 4}, **pairs}, "reward"),
+        ({"objective": {"type": "ppo", "critic": {"model": tuned["prompt"]}, **match}, **pairs}, "critic"),
+    ):
+        with pytest.raises(UserError, match=f"the {role} model has an adapter of the form prompt or prefix, whose virtual tokens"):
+            train(place, "alone", **settings)
+    # Of one form with the policy, or of another form, they are read as they were trained.
+    same = {"adapter": FORMS["prompt"], "objective": {"type": "dpo", "reference": tuned["prompt"]}, "steps": 1, **pairs}
+    assert train(place, "both", **same)["status"] == "finished"
+    assert train(place, "taught", objective={"type": "distill", "teacher": tuned["lora"]}, steps=1)["status"] == "finished"
+
+
     save_model(moved.model, place / "moved", tokenizer)
     with pytest.raises(UserError, match="the weights of this one are not those it was trained upon"):
         train(place, "upon", model=str(place / "moved"), adapter=FORMS["lora"])
