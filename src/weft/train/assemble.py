@@ -78,13 +78,13 @@ def _open_model(plan: Plan, device: torch.device, weights: torch.dtype, products
 def _before_texts(batches: BatchSource, policy: Model, setup: Setup) -> BatchSource:
     """The batches with the policy's virtual tokens before their texts, where it has some. All models of a run read the same texts."""
     ids = policy.virtual_ids
-    if not ids:
     for role, model in setup.models.items():
         if model.virtual_ids and model.virtual_ids != ids:
             raise UserError(
                 f"the {role} model has an adapter of the form prompt or prefix, whose virtual tokens the texts of this run would not begin "
                 "with; give one whose adapter is lora, or that has none."
             )
+    if not ids:
         return batches
     if setup.engine is not None or any(model.virtual_ids != ids for model in setup.models.values()):
         raise UserError(

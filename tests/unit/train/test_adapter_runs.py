@@ -205,13 +205,6 @@ def test_an_adapter_without_a_model_or_on_an_adapter_is_refused(place):
         train(place, "one", "optim.lr=3e-2", adapter=FORMS["lora"])
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [["quantize", "ADAPTER", "--to", "int8", "-o", "OUT"], ["export", "ADAPTER", "--to", "gguf", "-o", "OUT"], ["verify", "ADAPTER"]],
-)
-def test_verbs_that_need_one_set_of_weights_say_so(verb, place, tmp_path):
-    if not (place / "one for verbs").exists():
-        train(place, "one for verbs", adapter="ia3", steps=1)
 def test_numbers_that_are_not_finite_are_refused_by_name(place):
     train(place, "spoilt", adapter=FORMS["lora"], steps=1)
     folder = place / "spoilt" / "last"
@@ -232,6 +225,13 @@ def test_numbers_that_are_not_finite_are_refused_by_name(place):
     put_adapters(half.model, {"a": read_adapter(folder)}, FAMILIES["llama"])
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [["quantize", "ADAPTER", "--to", "int8", "-o", "OUT"], ["export", "ADAPTER", "--to", "gguf", "-o", "OUT"], ["verify", "ADAPTER"]],
+)
+def test_verbs_that_need_one_set_of_weights_say_so(verb, place, tmp_path):
+    if not (place / "one for verbs").exists():
+        train(place, "one for verbs", adapter="ia3", steps=1)
     words = {"ADAPTER": str(place / "one for verbs" / "last"), "OUT": str(tmp_path / "out")}
     outcome = CliRunner().invoke(app, [words.get(word, word) for word in verb])
     assert isinstance(outcome.exception, UserError)
@@ -278,13 +278,6 @@ def test_a_preference_run_begins_at_its_reference(form, place):
     assert held_out[-1] != held_out[0]
 
 
-def test_a_run_is_not_resumed_on_a_base_that_has_changed(place):
-    moved, tokenizer = load_model(place / "base" / "last"), load_tokenizer(place / "tok")
-    save_model(moved.model, place / "moved", tokenizer)
-    with pytest.raises(Killed):
-        train(place, "upon", model=str(place / "moved"), adapter=FORMS["lora"], callbacks=[KillAt(4)])
-    with torch.no_grad():
-        moved.model.norm.weight += 0.5
 def test_a_model_with_virtual_tokens_is_not_read_without_them(place):
     rows = [{"prompt": f"the {i}", "chosen": " weft", "rejected": " warp"} for i in range(12)]
     (place / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -309,6 +302,13 @@ def test_a_model_with_virtual_tokens_is_not_read_without_them(place):
     assert train(place, "taught", objective={"type": "distill", "teacher": tuned["lora"]}, steps=1)["status"] == "finished"
 
 
+def test_a_run_is_not_resumed_on_a_base_that_has_changed(place):
+    moved, tokenizer = load_model(place / "base" / "last"), load_tokenizer(place / "tok")
+    save_model(moved.model, place / "moved", tokenizer)
+    with pytest.raises(Killed):
+        train(place, "upon", model=str(place / "moved"), adapter=FORMS["lora"], callbacks=[KillAt(4)])
+    with torch.no_grad():
+        moved.model.norm.weight += 0.5
     save_model(moved.model, place / "moved", tokenizer)
     with pytest.raises(UserError, match="the weights of this one are not those it was trained upon"):
         train(place, "upon", model=str(place / "moved"), adapter=FORMS["lora"])
