@@ -41,11 +41,14 @@ class SFTSettings(Spec):
 class ClassifySettings(Spec):
     """A class from the last token's hidden state, GPT-1's recipe: L3 = L2 + lm * L1 (Radford et al. 2018, equations 3 to 5).
 
-    lm  weight of the language model's loss on the same texts; 0 is L2 alone.
+    lm       weight of the language model's loss on the same texts; 0 is L2 alone.
+    classes  of a model that is a classifier already: `keep` trains its head further, and labels must be among its classes; `new` draws a
+             fresh head whose classes are the labels.
     """
 
     type: Literal["classify"] = "classify"
     lm: NonNegativeFloat = 0.5
+    classes: Literal["keep", "new"] = "keep"
 
 
 class RewardSettings(Spec):

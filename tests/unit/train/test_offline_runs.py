@@ -14,7 +14,7 @@ from weft.data.prompts import collate
 from weft.data.record_kinds import Labelled
 from weft.errors import UserError
 from weft.methods import Place
-from weft.methods.classify import classes_of
+from weft.methods.classify import classes_of, numbers_of
 from weft.methods.frozen import open_frozen
 from weft.nn import build
 from weft.nn.adapters import adapters_off
@@ -181,6 +181,23 @@ def test_what_a_classifier_says_of_itself(place):
     run(place, "classify", "further", "steps=1", model=str(place / "classes" / "last"), optim={"lr": 1e-9, "warmup": 0})
     first, second = (load_file(place / name / "last" / "model.safetensors")["score.weight"] for name in ("classes", "further"))
     assert torch.allclose(first, second, atol=1e-6)
+    # A label misspelt does not throw the head away; a fresh one, even for the same labels, is asked for.
+    (place / "misspelt.tsv").write_text((place / "texts.tsv").read_text().replace("\tsad", "\tsda", 1))
+    given = {"model": str(place / "classes" / "last"), "optim": {"lr": 1e-9, "warmup": 0}}
+    with pytest.raises(UserError, match=r"misspelt.tsv:2: the label is 'sda', but the model is a classifier .* allowed are glad, sad"):
+        run(place, "classify", "misspelt", "steps=1", data=str(place / "misspelt.tsv"), **given)
+    new = {"objective": {"type": "classify", "classes": "new"}, "seed": 1}
+    run(place, "classify", "fresh", "steps=1", data=str(place / "misspelt.tsv"), **given, **new)
+    assert load_model(place / "fresh" / "last").spec.labels == ("glad", "sad", "sda")
+    run(place, "classify", "fresh alike", "steps=1", **given, **new)
+    other = load_file(place / "fresh alike" / "last" / "model.safetensors")["score.weight"]
+    assert not torch.allclose(first, other, atol=1e-6)
+    # Labels that are numbers name its classes by their places.
+    (place / "numbers.tsv").write_text((place / "texts.tsv").read_text().replace("\tsad", "\t1").replace("\tglad", "\t0"))
+    run(place, "classify", "numbers", "steps=1", data=str(place / "numbers.tsv"), **given)
+    assert load_model(place / "numbers" / "last").spec.labels == ("glad", "sad")
+    losses = [logged(place / out)[0]["valid_loss"] for out in ("further", "numbers")]
+    assert losses[0] == losses[1]
 
 
 def test_a_reference_is_what_training_began_with_or_what_is_named(place):
@@ -331,8 +348,28 @@ def test_classes_are_sorted_and_checked():
     assert classes_of(plain, records("b", "a", "b")) == ("a", "b")
     numbered = ModelSpec.model_validate({**plain.model_dump(), "score": 3})
     assert classes_of(numbered, records(2, 0)) == ("0", "1", "2"), "the model's own classes"
-    with pytest.raises(UserError, match="file:2: the label is 3, but the model is a classifier with 3 outputs; allowed are 0, 1, 2"):
+    with pytest.raises(
+        UserError, match="file:2: the label is 3, but the model is a classifier that has no such class; allowed are 0, 1, 2"
+    ):
         classes_of(numbered, records(0, 3))
+    named = ModelSpec.model_validate({**numbered.model_dump(), "labels": ("bad", "fair", "good")})
+    assert classes_of(named, records("good", "bad")) == ("bad", "fair", "good")
+    assert numbers_of(named.labels, records("good", "bad")) == {"bad": 0, "fair": 1, "good": 2}
+    misspelt = r"file:2: the label is 'god' \(unknown too: x\), but .* allowed are bad, fair, good\. .* set objective.classes to new"
+    with pytest.raises(UserError, match=misspelt):
+        classes_of(named, records("good", "god", "bad", "god", "x"))
+    assert classes_of(named, records("good", "god", "bad", "god"), new=True) == ("bad", "god", "good")
+    # Whole numbers are places among the classes, as in Hugging Face's data, unless a class has a number for its name.
+    assert classes_of(named, records(2, 0, 2)) == ("bad", "fair", "good")
+    assert numbers_of(named.labels, records(2, 0, 2)) == {"0": 0, "1": 1, "2": 2}
+    with pytest.raises(UserError, match="file:1: the label is 3, but"):
+        classes_of(named, records(3, 0))
+    with pytest.raises(UserError, match="file:2: the label is 0, but"):
+        classes_of(named, records("good", 0))
+    years = ModelSpec.model_validate({**numbered.model_dump(), "labels": ("1", "2", "5")})
+    assert numbers_of(classes_of(years, records(2, 1)), records(2, 1)) == {"1": 0, "2": 1, "5": 2}
+    with pytest.raises(UserError, match="file:2: the label is 0, but"):
+        classes_of(years, records(2, 0))
     with pytest.raises(UserError, match="file:2: the label is 'x', but others are numbers, such as 1; give all in one form"):
         classes_of(plain, records(1, "x"))
     with pytest.raises(UserError, match="each of 3 records has a label of its own"):
