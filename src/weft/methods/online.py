@@ -110,6 +110,11 @@ class GRPOMethod(OnlineMethod[GRPOSettings]):
         check_updates(plan, settings.samples, settings.minibatches)
         check_reference(plan, settings.reference)
 
+    def batches(self, plan: Plan, place: Place) -> BatchSource:
+        settings = self.settings(plan)
+        check_updates(plan, settings.samples, settings.minibatches, place.world.size)
+        return super().batches(plan, place)
+
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
         return without_dropout(policy)
 
@@ -158,10 +163,12 @@ def prompt_examples(records: Sequence[Prompt], plan: Plan, place: Place, max_tok
     return [example for example in found if example.num_tokens <= room]
 
 
-def check_updates(plan: Plan, samples: int, minibatches: int) -> None:
-    rows = plan.recipe.batch.rows * samples
+def check_updates(plan: Plan, samples: int, minibatches: int, processes: int = 1) -> None:
+    """Raise UserError where a process would have fewer answers of a step than there are minibatches to make of them."""
+    rows = plan.recipe.batch.rows // processes * samples
     if minibatches > rows:
-        raise UserError(f"objective.minibatches is {minibatches}, but a step has {rows} answers; lower it, or raise batch.rows.")
+        where = f" on each of {processes} processes" if processes > 1 else ""
+        raise UserError(f"objective.minibatches is {minibatches}, but a step has {rows} answers{where}; lower it, or raise batch.rows.")
 
 
 def check_reference(plan: Plan, reference: str | None) -> None:

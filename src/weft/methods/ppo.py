@@ -34,7 +34,9 @@ class PPOMethod(OnlineMethod[PPOSettings]):
                 )
 
     def batches(self, plan: Plan, place: Place) -> BatchSource:
-        batches, settings = super().batches(plan, place), self.settings(plan)
+        settings = self.settings(plan)
+        check_updates(plan, settings.samples, settings.minibatches, place.world.size)
+        batches = super().batches(plan, place)
         assert isinstance(batches, PromptBatches)
         if settings.pretrain is not None:
             world = place.world

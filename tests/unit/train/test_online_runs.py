@@ -168,6 +168,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, change
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_each_of_several_processes_needs_an_answer_a_minibatch(tmp_path, kind):
+    data = online.write_run(tmp_path, **{**KINDS[kind], "samples": 2, "minibatches": 4})
+    plan = make_plan(recipe(data))
+    open_job(plan, None, World())
+    with pytest.raises(UserError, match="minibatches is 4, but a step has 2 answers on each of 4 processes; lower it"):
+        open_job(plan, None, World(0, 4))
+
+
 def other_tokenizer(folder):
     import tokenizers
 
