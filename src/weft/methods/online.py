@@ -157,7 +157,7 @@ def prompt_examples(records: Sequence[Prompt], plan: Plan, place: Place, max_tok
         raise UserError(
             f"{over[0].origin}: the prompt has {over[0].num_tokens} tokens, and {max_tokens} of a row's {plan.length} are for the answer "
             f"({len(over)} of {len(found)} prompts are too long); set batch.length to {longest + max_tokens}, lower "
-            "objective.max_tokens, or leave such prompts out with data.drop_bad=true."
+            "objective.max_tokens, or leave such prompts out: data: {sources: [FILE], drop_bad: true}."
         )
     place.dropped.update(f"{example.origin}: the prompt is too long" for example in over)
     return [example for example in found if example.num_tokens <= room]

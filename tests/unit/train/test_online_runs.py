@@ -191,7 +191,9 @@ def test_prompts_too_long_are_left_out_where_the_recipe_says_so(tmp_path):
     data = online.write_run(tmp_path, type="rejection", samples=2)
     path = tmp_path / "prompts.jsonl"
     path.write_text(path.read_text() + json.dumps({"prompt": "say " * 20, "answer": ""}) + "\n")
-    with pytest.raises(UserError, match=r"prompts.jsonl:21: .* \(1 of 21 prompts are too long\); .* data.drop_bad=true"):
+    with pytest.raises(
+        UserError, match=r"prompts.jsonl:21: .* \(1 of 21 prompts are too long\); .* data: {sources: \[FILE\], drop_bad: true}"
+    ):
         run(data, steps=1)
     run(data | {"data": data["data"] | {"drop_bad": True}}, steps=1)
     card = json.loads((tmp_path / "run/run.json").read_text())
