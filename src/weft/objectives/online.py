@@ -1,15 +1,16 @@
 """What all objectives share that learn from the policy's own answers: writing them, judging them, and looking at held-out prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.data.answers import AnswerBatch, Answered
 from weft.data.collate import TextRows
-from weft.data.prompts import PromptBatch
+from weft.data.prompts import HELD_OUT, PromptBatch
 from weft.errors import UserError
 from weft.nn import Model
 from weft.nn.model import Output
@@ -25,7 +26,8 @@ from weft.train.objective import POLICY, Term
 from weft.train.rollout import Rollouts, Sampled
 
 REWARD = "reward"  # the role of a reward model
-FEWEST_UNFINISHED = 8  # answers, none of which ended, that are no accident
+# Answers in a row, none of which ended, that are no accident: from the beginning of a run, and where some have ended before.
+FIRST_UNFINISHED, UNFINISHED = 8, 32
 
 Terms = dict[str, Term]
 
@@ -36,16 +38,25 @@ class Online:
     `answers` writes and judges; `measure` does the same for held-out prompts and makes their mean reward the loss, with its sign turned.
     Metrics over answers: `reward`, and where there are several judges `reward_` with the name of each (`reward_model` for the reward
     model); `finished`, the share that the policy ended; `length` in tokens.
+    Its state is how many answers in a row, over all processes and steps, did not end, and whether one ever did.
     """
 
     def __init__(self, settings: OnlineSettings, spec: ModelSpec | None = None) -> None:
         self.online, self.auxiliary = settings, Auxiliary(spec)
         self.judge = open_judge(settings.rewards)
+        self.unfinished, self.ended = 0, False
+
+    def state(self) -> dict[str, Any]:
+        return {"unfinished": self.unfinished, "ended": self.ended}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        # Checkpoints of earlier versions do not say it: the count begins anew.
+        self.unfinished, self.ended = int(state.get("unfinished", 0)), bool(state.get("ended", False))
 
     def answers(self, engine: Rollouts, batch: PromptBatch, samples: int) -> AnswerBatch:
         """`samples` answers to each prompt, side by side, with columns `reward`, `finished`, `length` and what the reward is made of.
 
-        Raises UserError where not one of many answers ends.
+        Raises UserError where not one of many answers in a row ends.
         """
         prompts = [example.ids for example in batch.examples]
         written = engine.sample(prompts, batch.seeds, samples)
@@ -71,12 +82,20 @@ class Online:
         return replace(rows, columns={"reward": reward, "finished": finished, "length": length, **named})
 
     def _check_ends(self, engine: Rollouts, batch: PromptBatch, written: Sequence[Sequence[Sampled]]) -> None:
-        count = sum(map(len, written))
-        if self.online.unfinished == "keep" or count < FEWEST_UNFINISHED or any(each.finished for group in written for each in group):
+        if self.online.unfinished == "keep":
             return
-        step = f"of step {batch.step + 1}" if batch.step >= 0 else "to held-out prompts"
+        finished = [each.finished for group in written for each in group]
+        ended, count = engine.world.sum(torch.tensor([sum(finished), len(finished)])).tolist()
+        found, which = 0 if ended else count, f"{count} answers to held-out prompts"
+        if batch.step != HELD_OUT:
+            self.unfinished = found = 0 if ended else self.unfinished + count
+            self.ended = self.ended or ended > 0
+            step = batch.step + 1
+            which = f"{count} answers of step {step}" if found == count else f"last {found} answers up to step {step}"
+        if found < (UNFINISHED if self.ended else FIRST_UNFINISHED):
+            return
         raise UserError(
-            f"not one of the {count} answers {step} ended within {engine.sampling.max_tokens} tokens, so nothing tells them apart; raise "
+            f"not one of the {which} ended within {engine.sampling.max_tokens} tokens, so nothing tells them apart; raise "
             "objective.max_tokens, fine-tune the model first so that it ends its answers, or set objective.unfinished to keep."
         )
 

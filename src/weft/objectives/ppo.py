@@ -33,7 +33,7 @@ class PPO(Online):
     Terms `policy` and `value` over tokens, and `pretrain` over the tokens of other text (PPO-ptx). Metrics besides `Online`'s: `answer_kl`,
     nats an answer from the reference (log-ratios summed over its tokens), `beta`, `entropy` of the policy in nats a token, `clipped`
     and `value_clipped`, the shares of tokens whose gradient a clip holds back.
-    With a target the controller moves beta after each rollout; beta is this objective's state.
+    With a target the controller moves beta after each rollout; beta is part of this objective's state.
     """
 
     def __init__(self, settings: PPOSettings, spec: ModelSpec | None = None, own_reference: bool = True) -> None:
@@ -46,9 +46,10 @@ class PPO(Online):
             self.roles = {**self.roles, "reward": Role(trained=False)}
 
     def state(self) -> dict[str, Any]:
-        return {"beta": self.beta}
+        return {**super().state(), "beta": self.beta}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
         self.beta = float(state["beta"])
 
     def rollout(self, engine: Rollouts, batch: PromptBatch) -> AnswerBatch:

@@ -15,6 +15,7 @@ from weft.objectives.rejection import Rejection
 from weft.objectives.settings import GRPOSettings, PPOSettings, RejectionSettings
 from weft.train.objective import POLICY
 from weft.train.parallel import World
+from weft.train.rollout import Sampled
 from weft.train.window import loss_function, open_window, run_window
 
 
@@ -51,6 +52,10 @@ def naive_log_probs(model, ids, places, temperature=1.0):
     return torch.stack([logits[place].log_softmax(-1)[ids[place + 1]] for place in places])
 
 
+def noise_of(batch):
+    return torch.randn(batch.texts.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def total(objective, models, batch):
     terms, _ = objective.loss(models, batch)
     return sum(term.weight * term.sum / term.count for term in terms.values())
@@ -83,7 +88,7 @@ def test_ppos_rollout_and_loss_are_their_definitions(tokenizer, tmp_path):
             torch.testing.assert_close(batch.tables["return"][row, places], returns[row], rtol=0, atol=1e-5)  # rewards are float32
     flat = torch.cat(list(advantages.values()))
     mean, std = flat.mean(), flat.std(correction=0)
-    batch = replace(batch, tables={**batch.tables, "old": batch.tables["old"] + 0.15 * torch.randn(batch.texts.mask.shape).double()})
+    batch = replace(batch, tables={**batch.tables, "old": batch.tables["old"] + 0.15 * noise_of(batch)})
     policy = value = tokens = 0
     for row, places, ids in rows_of(batch):
         now = naive_log_probs(models[POLICY], ids, places)
@@ -109,7 +114,7 @@ def test_grpos_loss_is_its_definition(tokenizer, tmp_path, loss):
     objective, engine, batch = made(tokenizer, tmp_path, "grpo", loss=loss, beta=0.2, temperature=0.8, epochs=2, clip_high=0.3)
     models, rewards = engine.models, batch.columns["reward"].double().view(-1, 3)
     expected_advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
-    batch = replace(batch, tables={**batch.tables, "old": batch.tables["old"] + 0.3 * torch.randn(batch.texts.mask.shape).double()})
+    batch = replace(batch, tables={**batch.tables, "old": batch.tables["old"] + 0.3 * noise_of(batch)})
     each, tokens = [], 0
     for row, places, ids in rows_of(batch):
         now, away = naive_log_probs(models[POLICY], ids, places, 0.8), naive_log_probs(models[REFERENCE], ids, places, 0.8)
@@ -203,6 +208,54 @@ def test_answers_that_never_end_are_an_error(tokenizer, tmp_path):
     with pytest.raises(UserError, match="not one of the 10 answers of step 1 ended within 1 tokens"):
         GRPO(settings).rollout(engine, prompts)
     GRPO(GRPOSettings(**settings.model_dump() | {"unfinished": "keep"})).rollout(engine, prompts)
+
+
+class Twice(World):
+    """Two processes that see the same."""
+
+    def sum(self, tensor):
+        return tensor.mul_(2)
+
+
+@pytest.fixture
+def ends(tokenizer, tmp_path):
+    """An objective, and a function that hands it answers as one of the steps of a run: those of a count that end, and those that do not."""
+    objective = Rejection(RejectionSettings(rewards=online.judge_of(tmp_path), samples=2, max_tokens=3))
+    engine = online.rollouts_of(tokenizer, {}, max_tokens=3)
+    prompts = online.prompts_of(tokenizer)
+
+    def step(number, ended, unended, objective=objective, world=None):
+        written = [Sampled((1,), "a", True)] * ended + [Sampled((1, 2, 3), "abc", False)] * unended
+        objective._check_ends(replace(engine, world=world or World()), replace(prompts, step=number), [written])
+
+    return objective, step
+
+
+def test_unfinished_answers_are_counted_over_steps_and_processes(ends):
+    objective, step = ends
+    step(0, 0, 4)
+    again = Rejection(objective.settings)
+    again.load_state(objective.state())
+    for each in (objective, again):
+        with pytest.raises(UserError, match="not one of the last 8 answers up to step 2 ended within 3 tokens"):
+            step(1, 0, 4, each)
+    step(1, 0, 4, Rejection(objective.settings))
+    # Where some have ended, it takes more of them.
+    other = Rejection(objective.settings)
+    step(0, 1, 9, other)
+    assert other.state() == {"unfinished": 0, "ended": True}
+    step(1, 0, 31, other)
+    step(-1, 0, 31, other)
+    assert other.unfinished == 31, "held-out prompts are no part of the count"
+    with pytest.raises(UserError, match="the last 32 answers up to step 3"):
+        step(2, 0, 1, other)
+    with pytest.raises(UserError, match="the 32 answers to held-out prompts"):
+        step(-1, 0, 32, other)
+    with pytest.raises(UserError, match="the 8 answers of step 1"):
+        step(0, 0, 4, Rejection(objective.settings), Twice())
+    one = Rejection(objective.settings)
+    one.load_state({})
+    assert one.state() == {"unfinished": 0, "ended": False}
 
 
 def test_the_controller_holds_the_divergence(tokenizer, tmp_path):

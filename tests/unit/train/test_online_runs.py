@@ -69,7 +69,7 @@ def test_a_run_that_crashed_is_the_run_that_did_not(tmp_path, kind):
         assert (crashed / "last" / name).read_bytes() == (straight / "last" / name).read_bytes(), name
     saved = [json.loads((out / "last/trainer.json").read_text())["state"]["objective"] for out in (straight, crashed)]
     assert saved[0] == saved[1]
-    assert (saved[0] == {}) is (kind != "ppo")
+    assert set(saved[0]) == {"unfinished", "ended"} | ({"beta"} if kind == "ppo" else set())
     rows = read_metrics(straight / "metrics.jsonl")
     held_out = [row for row in rows if "valid_reward" in row]
     assert [row["step"] for row in held_out] == [0, 2, 3]
@@ -175,6 +175,23 @@ def test_each_of_several_processes_needs_an_answer_a_minibatch(tmp_path, kind):
     open_job(plan, None, World())
     with pytest.raises(UserError, match="minibatches is 4, but a step has 2 answers on each of 4 processes; lower it"):
         open_job(plan, None, World(0, 4))
+
+
+def test_answers_that_never_end_stop_a_run_of_small_batches_resumed_or_not(tmp_path):
+    data = online.write_run(tmp_path, **{**KINDS["ppo"], "samples": 1, "minibatches": 1, "unfinished": "penalise", "max_tokens": 1})
+    data |= {"data": {**data["data"], "valid": 0}, "steps": 5, "batch": {"rows": 3, "length": 24}}
+    sentence = "not one of the last 9 answers up to step 3 ended within 1 tokens"
+    for out, before in (("straight", None), ("crashed", 2)):
+        data["out"] = str(tmp_path / out)
+        if before is not None:
+            with pytest.raises(Stop):
+                run(data, CrashAfter(before))
+        with pytest.raises(UserError, match=sentence):
+            run(data)
+        saved = json.loads((tmp_path / out / "last/trainer.json").read_text())["state"]
+        assert (saved["step"], saved["objective"]["unfinished"], saved["objective"]["ended"]) == (2, 6, False)
+    data["objective"] = {**data["objective"], "unfinished": "keep"}
+    assert run(data, out=str(tmp_path / "kept"))["status"] == "finished"
 
 
 def other_tokenizer(folder):
