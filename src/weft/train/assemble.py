@@ -18,6 +18,7 @@ from weft.train.callbacks import Callback, TensorBoard
 from weft.train.heap import keep_freed_memory
 from weft.train.job import BatchSource, Compute, Job, Length
 from weft.train.objective import POLICY
+from weft.train.origins import origins
 from weft.train.parallel import World, join_world
 from weft.train.plan import Plan, make_plan
 from weft.train.recipe import Recipe
@@ -138,6 +139,7 @@ def open_job(plan: Plan, folder: RunFolder | None, world: World, progress: Progr
         seed=recipe.seed,
         world=world,
         essentials=recipe.essentials(),
+        origins=origins(plan),
         optims=setup.optims,
         facts={**setup.facts, "records_dropped": len(place.dropped)} if plan.data.drop_bad or place.dropped else setup.facts,
         engine=setup.engine,

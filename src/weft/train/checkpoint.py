@@ -46,6 +46,7 @@ class TrainState:
     essentials      the settings that decide the result; a run resumes only under the same ones.
     data            what the batches are made of, as the data describes itself.
     objective       what the objective has to remember, where it does.
+    origins         fingerprints of the models that the run reads; empty in runs of before there were any.
     """
 
     step: int = 0
@@ -62,6 +63,7 @@ class TrainState:
     essentials: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -106,7 +108,7 @@ class SavedRun:
         self.folder = folder
         body = _read_state(folder / STATE)
         known = {each.name for each in fields(TrainState)}
-        if body.get("version") != VERSION or set(body["state"]) != known:
+        if body.get("version") != VERSION or {*body["state"], "origins"} != known:
             raise UserError(f"{folder} was written by another version of Weft; continue with that one, or start anew with --restart.")
         self.state = TrainState(**body["state"])
         self.rng: list[dict[str, Any]] = body["rng"]

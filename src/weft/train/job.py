@@ -69,6 +69,7 @@ class Job:
     out         the same folder's path, for all.
     micro       rows of a micro-batch; None takes all rows of a process at once.
     essentials  the settings that decide the result: a run resumes only under the same ones.
+    origins     fingerprints of the models it reads, which must stay the same too.
     facts       further entries of the run card's `run` section.
     optim       of every trained role; `optims` overrides it for a role by name (a critic's).
     family      that weights are saved as, where it can hold the model; None takes the first that can.
@@ -95,6 +96,7 @@ class Job:
     seed: int = 0
     world: World = field(default_factory=World)
     essentials: Mapping[str, Any] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     engine: Any = None
     stages: Stages | None = None

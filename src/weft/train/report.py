@@ -76,7 +76,7 @@ class Report:
         return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "format"}
 
     def check_resumable(self, state: TrainState) -> None:
-        """Raise UserError where the settings or the data differ from those the run began with."""
+        """Raise UserError where the settings, the data or the models it reads differ from those the run began with."""
         out = self.job.out
         remedy = "Set it back, or give --restart to start anew, or another out."
         for key, given in self.job.essentials.items():
@@ -87,6 +87,11 @@ class Report:
         if state.data != self.job.batches.describe():
             key, before, given = _first_difference("data", state.data, self.job.batches.describe())
             raise UserError(f"{out} holds a run on other data: {key} was {before} and is {given}. {remedy}")
+        for model, fingerprint in self.job.origins.items():
+            if state.origins.get(model, fingerprint) != fingerprint:
+                raise UserError(
+                    f"{out} holds a run with {model}, and that model has changed since. Put it back, or remove {out} to start anew."
+                )
 
     def what_is_kept(self) -> str:
         """Where the last good weights are, as a sentence."""

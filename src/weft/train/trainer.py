@@ -107,6 +107,7 @@ class Trainer:
             if steps is not None:
                 self.state.evaluate_every = self.job.evaluation.every or evaluate_every(steps)
             self.state.essentials, self.state.data = dict(self.job.essentials), self.job.batches.describe()
+            self.state.origins = dict(self.job.origins)
         if self.job.folder is not None:
             self._metrics = MetricsFile(self.job.folder.metrics, self.state.metrics_length)
         self.report.begin(self.state)

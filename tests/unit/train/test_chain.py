@@ -124,3 +124,12 @@ def test_three_steps_in_one_command(tmp_path, monkeypatch, capsys):
     assert not end.value.code
     assert (tmp_path / "three/1-sft/last/model.safetensors").stat().st_mtime_ns == before
     assert read_metrics(tmp_path / "three/3-ppo/metrics.jsonl") == rows
+    # Where a run in its middle is done again otherwise, what came of it is not taken for what would come of it now.
+    shutil.rmtree(tmp_path / "three/2-reward")
+    monkeypatch.setattr("sys.argv", ["weft", "train", "chain.yaml", "reward.seed=1"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "three/3-ppo holds a run with objective.reward=three/2-reward/" in said
+    assert "has changed since. Put it back, or remove three/3-ppo to start anew." in said
