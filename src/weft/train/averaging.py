@@ -31,8 +31,9 @@ class Averaging:
     def _usual(self, total: int) -> int:
         return self.job.stages.all[-1].steps if self.job.stages is not None else round(OVER * total)
 
-    def due(self, step: int, total: int | None) -> bool:
-        return total is not None and step in self.steps(total)
+    def due(self, step: int, total: int | None, over: bool = False) -> bool:
+        """Whether the weights after this step are kept. Where the run is `over` they are, though it was to have more steps."""
+        return self.settings is not None and total is not None and (over or step in self.steps(total))
 
     def keep(self, step: int) -> None:
         """Save the policy as it is."""
@@ -40,11 +41,12 @@ class Averaging:
         if folder is not None:
             save_weights(self._path(folder.path, step), self.job.policy, self.job.tokenizer, self.job.family, {"step": step})
 
-    def finish(self, total: int) -> Path:
-        """Write the mean of what was kept; returns its folder."""
+    def finish(self, last: int, total: int) -> Path:
+        """Write the mean of what was kept of a run of `total` steps that ended after `last`; returns its folder."""
         out = self.job.out / AVERAGE
         if self.job.folder is not None and self.settings is not None:
-            average_checkpoints([self._path(self.job.out, step) for step in self.steps(total)], out, decay=self.settings.decay)
+            kept = [*(step for step in self.steps(total) if step < last), last]
+            average_checkpoints([self._path(self.job.out, step) for step in kept], out, decay=self.settings.decay)
         self.job.world.wait()
         return out
 

@@ -129,6 +129,11 @@ def _open_tokenizer(recipe: Recipe, data: DataSpec, checkpoint: Checkpoint | Non
 
 def _check_adapter(plan: Plan) -> None:
     adapter, checkpoint = plan.recipe.adapter, plan.checkpoint
+    if plan.recipe.average is not None and checkpoint is not None and checkpoint.adapter is not None:
+        raise UserError(
+            f"average is given but model is the adapter {checkpoint.adapter.path}, whose factors mean nothing when they are averaged "
+            "apart; drop average, or merge the adapter into its base first."
+        )
     quantised = checkpoint is not None and checkpoint.spec.quant is not None
     if quantised and checkpoint is not None and checkpoint.adapter is None and (adapter is None or adapter.whole):
         raise UserError(

@@ -57,7 +57,8 @@ class StageSettings(Spec):
 class AverageSettings(Spec):
     """A mean of checkpoints at the end of a run, in its folder `average` (Polyak averaging, as Llama 3 does over its last stage).
 
-    count  checkpoints, evenly spread up to the last step; they are kept in `snapshots`.
+    count  checkpoints, evenly spread up to the last step; they are kept in `snapshots`. A run that stops early takes those it has by then,
+           and its last weights.
     over   share of the run that they are spread over; None is the last stage, or a tenth of a run without stages.
     decay  each weighs so many times the one after it; None weighs all alike.
     """

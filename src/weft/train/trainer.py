@@ -182,7 +182,7 @@ class Trainer:
             state.finished = "finished"
         if state.finished or (state.evaluate_every is not None and state.step % state.evaluate_every == 0):
             self._evaluate()
-        if self.averaging.due(state.step, state.total):
+        if self.averaging.due(state.step, state.total, over=state.finished is not None):
             self._keep()
         if state.finished or fixed or save or (job.save.every is not None and state.step % job.save.every == 0 and state.total is not None):
             self._save()
@@ -206,7 +206,7 @@ class Trainer:
         state, job = self.state, self.job
         with self._writing():
             self.averaging.keep(state.step)
-            folder = self.averaging.finish(state.step) if state.step == state.total else None
+            folder = self.averaging.finish(state.step, state.total) if state.finished and state.total is not None else None
         if folder is not None and job.batches.valid is not None:
             mean = load_model(folder, self.device, next(job.policy.parameters()).dtype).model
             batches, models = job.batches.validation(job.evaluation.batches), {**job.models, POLICY: mean}

@@ -193,6 +193,13 @@ def test_settings_that_mean_nothing_are_refused(adapter, message, place):
     assert not (place / "refused").exists()
 
 
+def test_the_mean_of_an_adapter_that_is_trained_further_is_refused_at_the_start(place):
+    train(place, "once", adapter=FORMS["lora"], steps=1)
+    with pytest.raises(UserError, match=r"average is given but model is the adapter .*once/last, whose factors mean nothing"):
+        train(place, "mean", model=str(place / "once" / "last"), average={"count": 2})
+    assert not (place / "mean").exists()
+
+
 def test_an_adapter_without_a_model_or_on_an_adapter_is_refused(place):
     with pytest.raises(UserError, match="the model has no weights yet"):
         train(place, "refused", model=MODEL, adapter="lora")

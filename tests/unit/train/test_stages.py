@@ -21,8 +21,8 @@ from weft.train.plan import make_plan
 from weft.train.recipe import override, recipe
 from weft.train.report import Report
 from weft.train.schedule import Schedule
-from weft.train.settings import BatchSettings
-from weft.train.stage_settings import StageSettings
+from weft.train.settings import BatchSettings, EvalSettings, LogSettings, OptimSettings
+from weft.train.stage_settings import AverageSettings, StageSettings
 from weft.train.staged_batches import StagedBatches
 from weft.train.stages import Stages
 from weft.train.trainer import Trainer
@@ -204,6 +204,24 @@ def test_which_steps_are_kept(tmp_path):
         job = cases.job_of(tmp_path / "run", average=made.average.model_validate({**made.average.model_dump(), **changes}))
         assert Averaging(job).steps(100) == want
         job.folder.release()
+
+
+def test_a_run_that_stops_early_has_the_mean_of_what_it_kept(tmp_path):
+    """And of its last weights."""
+    early = {"evaluation": EvalSettings(every=1, patience=3), "optim": OptimSettings(lr=0.05)}
+    job = cases.job_of(tmp_path / "run", steps=50, average=AverageSettings(count=25, over=1.0), log=LogSettings(plot=False), **early)
+    card = Trainer(job).run()
+    job.folder.release()
+    last = card["run"]["steps_done"]
+    assert card["status"] == "stopped early"
+    assert card["average"]["loss"] > 0
+    kept = sorted({*range(2, last, 2), last})
+    assert {path.name for path in (tmp_path / "run/snapshots").iterdir()} == {f"step-{step}" for step in kept}
+    given = [load_file(tmp_path / f"run/snapshots/step-{step}/model.safetensors") for step in kept]
+    mean = load_file(tmp_path / "run/average/model.safetensors")
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, torch.stack([each[name] for each in given]).mean(0), rtol=0, atol=1e-12)
+    assert not torch.equal(mean["model.norm.weight"], given[-1]["model.norm.weight"])
 
 
 @pytest.mark.parametrize(
