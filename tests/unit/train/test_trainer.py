@@ -19,6 +19,7 @@ from weft.train.history import read_metrics
 from weft.train.job import Compute, Length
 from weft.train.objective import POLICY, Role, Term
 from weft.train.optim import Optimizer, clip_gradients
+from weft.train.report import Report
 from weft.train.rng import capture_rng
 from weft.train.settings import EvalSettings, LogSettings, OptimSettings, SaveSettings
 from weft.train.trainer import Trainer
@@ -133,14 +134,22 @@ def test_what_a_run_tells_and_leaves(tmp_path):
     assert witness.paces[-1].seconds_left == 0
 
 
-def test_an_objective_may_make_several_updates_of_one_batch(tmp_path):
+def test_an_objective_may_make_several_updates_of_one_batch(tmp_path, monkeypatch):
     class Halves(NextToken):
         def minibatches(self, batch):
             return batch.rows(0, 3), batch.rows(3, 7)
 
     inner = {"steps": 2, "optim": OptimSettings(warmup=0, schedule="constant"), "evaluation": EvalSettings(every=9)}
     model, by_hand = cases.model_of(), cases.model_of()
+    counted, observe = [], Report.observe
+
+    def watched(self, state, steps, *rest, **named):
+        counted.append(steps)
+        return observe(self, state, steps, *rest, **named)
+
+    monkeypatch.setattr(Report, "observe", watched)
     _run(_job(tmp_path / "run", models={POLICY: model}, objective=Halves(), **inner))
+    assert counted == [1, 1], "the pace is that of steps, not of updates"
     optimizer = Optimizer(by_hand, inner["optim"])
     for step in range(2):
         for part in Halves().minibatches(cases.batches_of().batch(step)):
