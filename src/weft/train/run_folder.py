@@ -94,12 +94,12 @@ class RunFolder:
             for old in self.path.glob(f".{name}.old.*"):
                 if (old / "was").is_dir() and not (self.path / name).exists():
                     os.replace(old / "was", self.path / name)
-        for name in _OURS:
-            for scrap in self.path.glob(f".{name}.*"):
-                if scrap.is_dir():
-                    shutil.rmtree(scrap)
-                else:
-                    scrap.unlink()
+        scraps = [scrap for name in _OURS for scrap in self.path.glob(f".{name}.*")]
+        for scrap in [*scraps, *self.path.glob("snapshots/.*.*"), *self.data.glob(".*.*")]:  # these two are made again
+            if scrap.is_dir():
+                shutil.rmtree(scrap)
+            else:
+                scrap.unlink()
 
 
 def check_out(path: Path) -> None:

@@ -78,9 +78,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(saved):
     os.replace(saved / "last", old / "was")
     shutil.copytree(saved / "best", saved / ".last.xyz")
     (saved / ".metrics.jsonl.q1").write_text("half")
+    for name in ("snapshots/step-1", "snapshots/.step-2.x1", "data/text-0", "data/.text-1.x2"):
+        (saved / name).mkdir(parents=True)
     folder = RunFolder(saved)
     folder.release()
     assert (saved / "last" / "model.safetensors").read_bytes() == before
+    for name, kept in (("snapshots", "step-1"), ("data", "text-0")):
+        assert [path.name for path in (saved / name).iterdir()] == [kept], "what is half written is made again"
+        shutil.rmtree(saved / name)
     assert sorted(path.name for path in saved.iterdir()) == [".lock", "best", "last", "loss.png", "metrics.jsonl", "run.json", "run.md"]
 
 
