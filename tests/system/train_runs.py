@@ -15,7 +15,9 @@ import yaml
 # A process that has imported everything, and forks for each command line it reads: once, or as the ranks of a world of several.
 HOST = """
 import json, os, signal, socket, sys
-import torch._dynamo, weft.cli.main, weft.cli.train, weft.train.assemble, weft.train.recipe
+import torch._dynamo, weft.cli.main, weft.cli.train, weft.machine, weft.train.assemble, weft.train.recipe
+
+weft.machine.SECONDS = 0.0  # no run here waits for an exact measure of the machine
 
 def child(folder, arguments, rank, size, port):
     os.chdir(folder)
