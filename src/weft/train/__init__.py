@@ -6,6 +6,7 @@ optim        AdamW and Muon behind one face; matrices says which weights are whi
 schedule     learning rates as a pure function of the step
 budget       a number of steps, or minutes that become one
 checkpoint   everything a run is, on disk: exact resume after a kill at any moment
+origins      the models a run reads, by fingerprint: with others it does not go on
 trainer      the loop
 recipe       a run as data: YAML with overrides
 chain        several runs one after the other from one file
