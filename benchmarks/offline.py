@@ -82,6 +82,8 @@ def run(options: argparse.Namespace, kind: str, out: Path, changes: list[str]) -
 
     made = read_recipe(RECIPES / f"{kind}.yaml", [f"model={options.model}", f"out={out}", *changes, *options.set])
     card = run_recipe(made)
+    if card["status"] == "interrupted":
+        raise SystemExit(130)
     return card, json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
