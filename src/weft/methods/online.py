@@ -20,7 +20,7 @@ from weft.objectives.grpo import GRPO
 from weft.objectives.online import REWARD
 from weft.objectives.reference import REFERENCE, reference_of
 from weft.objectives.rejection import Rejection
-from weft.objectives.settings import GRPOSettings, OnlineSettings, RejectionSettings
+from weft.objectives.settings import GRPOSettings, OnlineSettings, PPOSettings, RejectionSettings
 from weft.rewards import own_files
 from weft.tokenizer import Tokenizer
 from weft.train.job import BatchSource
@@ -29,6 +29,7 @@ from weft.train.plan import Plan
 from weft.train.rollout import Rollouts, Sampling, check_sampling
 
 S = TypeVar("S", bound=OnlineSettings)
+P = TypeVar("P", GRPOSettings, PPOSettings)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class OnlineMethod(ABC, Generic[S]):
         return Setup(objective, models, engine)
 
 
-class GRPOMethod(OnlineMethod[GRPOSettings]):
+class PolicyGradientMethod(OnlineMethod[P]):
+    """What compares the policy with what it was: with a reference, and before each of several updates from one rollout."""
+
     def check(self, plan: Plan) -> None:
         super().check(plan)
         settings = self.settings(plan)
@@ -118,6 +121,8 @@ class GRPOMethod(OnlineMethod[GRPOSettings]):
     def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
         return without_dropout(policy)
 
+
+class GRPOMethod(PolicyGradientMethod[GRPOSettings]):
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = self.settings(plan)
         models = {} if settings.beta == 0 else open_reference(plan, policy, place, settings.reference)

@@ -8,7 +8,7 @@ from weft.data.prompts import PromptBatches
 from weft.errors import UserError
 from weft.methods.frozen import check_frozen
 from weft.methods.method import Place, Setup
-from weft.methods.online import OnlineMethod, check_reference, check_updates, open_reference, tokenizer_of
+from weft.methods.online import PolicyGradientMethod, open_reference, tokenizer_of
 from weft.nn import Model, add_score, build
 from weft.nn.dropout import without_dropout
 from weft.objectives.ppo import CRITIC, PPO
@@ -19,12 +19,10 @@ from weft.train.plan import Plan
 from weft.weights.load import load_weights, open_checkpoint
 
 
-class PPOMethod(OnlineMethod[PPOSettings]):
+class PPOMethod(PolicyGradientMethod[PPOSettings]):
     def check(self, plan: Plan) -> None:
         super().check(plan)
         settings = self.settings(plan)
-        check_updates(plan, settings.samples, settings.minibatches)
-        check_reference(plan, settings.reference)
         if settings.critic.model not in ("reward", "policy"):
             check_frozen(settings.critic.model, "objective.critic.model", plan)
         for source in () if settings.pretrain is None else parse_data(settings.pretrain.data).sources:
@@ -34,9 +32,7 @@ class PPOMethod(OnlineMethod[PPOSettings]):
                 )
 
     def batches(self, plan: Plan, place: Place) -> BatchSource:
-        settings = self.settings(plan)
-        check_updates(plan, settings.samples, settings.minibatches, place.world.size)
-        batches = super().batches(plan, place)
+        settings, batches = self.settings(plan), super().batches(plan, place)
         assert isinstance(batches, PromptBatches)
         if settings.pretrain is not None:
             world = place.world
@@ -57,9 +53,6 @@ class PPOMethod(OnlineMethod[PPOSettings]):
 
             batches.text, batches.facts = rows, {**batches.facts, "text": text.describe()}
         return batches
-
-    def policy(self, plan: Plan, policy: Model, place: Place) -> Model:
-        return without_dropout(policy)
 
     def begin(self, plan: Plan, policy: Model, place: Place) -> Setup:
         settings = self.settings(plan)
