@@ -86,27 +86,30 @@ def read_jsonl_rows(path: Path) -> Rows:
 def _parsed(line: bytes, path: Path, number: int) -> Row | UserError:
     origin = f"{path}:{number}"
     try:
-        return Row(_parse(decode(line, path, number).rstrip("\r\n"), origin), origin)
+        return Row(_parse(decode(line, path, number).rstrip("\r\n"), path, number), origin)
     except UserError as error:
         return error
 
 
-def _parse(line: str, origin: str) -> dict[str, Any]:
+def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
     """The JSON object of one line."""
-    try:
-        record = json.loads(line, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        what = error.msg[0].lower() + error.msg[1:]
-        raise UserError(
-            f"{origin}: bad JSON at column {error.colno} ({what}) in {_excerpt(line, error.pos)}; "
-            "write each record as one JSON object on one line."
-        ) from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{origin}: bad JSON ({error}); write each record as one JSON object on one line, each key once.") from None
+    record = _load(line, path, number, "write each record as one JSON object on one line")
     if not isinstance(record, dict):
         fix = ' Turn a JSON array into lines with `jq -c ".[]" FILE`.' if isinstance(record, list) else ""
-        raise UserError(f'{origin}: the line is {KINDS[type(record)]}, not an object; write records like {{"text": "…"}}.{fix}')
+        raise UserError(f'{path}:{number}: the line is {KINDS[type(record)]}, not an object; write records like {{"text": "…"}}.{fix}')
     return record
+
+
+def _load(text: str, path: Path, number: int | None, fix: str) -> Any:
+    """What the JSON of a line says, or of a whole file, which has no number."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        what, place = error.msg[0].lower() + error.msg[1:], f"{path}:{number or error.lineno}"
+        raise UserError(f"{place}: bad JSON at column {error.colno} ({what}) in {_excerpt(text, error.pos)}; {fix}.") from None
+    except (RecursionError, ValueError) as error:
+        place = str(path) if number is None else f"{path}:{number}"
+        raise UserError(f"{place}: bad JSON ({error}); {fix}, each key once.") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,13 +136,7 @@ def _json_rows(path: Path) -> Rows:
     if data.lstrip()[:1] == b"{":
         yield from (_parsed(line, path, number) for number, line in enumerate(io.BytesIO(data), 1) if line.strip())
         return
-    try:
-        values = json.loads(decode(data, path, 1), object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        what = error.msg[0].lower() + error.msg[1:]
-        raise UserError(f"{path}:{error.lineno}: bad JSON at column {error.colno} ({what}); write an array of objects.") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: bad JSON ({error}); write an array of objects, each key of one once.") from None
+    values = _load(decode(data, path, 1), path, None, "write an array of objects")
     if not isinstance(values, list):
         raise UserError(f"{path} is {KINDS[type(values)]}, not a list of records; write an array of objects.")
     for number, value in enumerate(values, 1):
