@@ -4,7 +4,7 @@
 A packed weight is never trained, but gradients pass through it to what was multiplied.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +31,7 @@ READERS: dict[str, Reader] = {}
 """By the layout of a packed weight, what writes some of its rows out: (stored tensors, first row, number of rows, float32 or float64)."""
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(nn.Module, ABC):
     """A weight [rows, columns] of which only codes and scales exist. It stands where a float parameter `weight` stood.
 
     quant   how it is packed, and its type again as `kind`.      layout  which of `READERS` reads it.
