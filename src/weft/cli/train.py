@@ -61,15 +61,19 @@ def _run(read: "Recipe", restart: bool, json: bool) -> None:
 
 def _closing(card: dict[str, Any]) -> str:
     """What came out, and what to do next."""
+    from weft.train.watched import Watched
+
     run, out = card["run"], card["out"]
     if card["status"] == "interrupted":
         done = f"Interrupted after step {run['steps_done']}"
         if run["steps"] is None:
             return f"{done}, before the pace was known: nothing is kept. Run the same command to begin again."
         return f"{done} of {run['steps']}, which is saved in {out}/last. Run the same command to go on."
-    lines = [f"{card['status']} after {run['steps_done']} steps: training loss {card['loss']:.4f}"]
+    main = Watched(**card["watched"][0])
+    reached = f": training {main.title} {main.write(card['training'][main.name])}" if main.name in card["training"] else ""
+    lines = [f"{card['status']} after {run['steps_done']} steps{reached}"]
     if card["best"]:
-        lines.append(f"best held-out loss {card['best']['loss']:.4f} at step {card['best']['step']}: {out}/best")
+        lines.append(f"best held-out {main.best(card['best']['loss'])} at step {card['best']['step']}: {out}/best")
     lines.append(f"last weights: {out}/last   run card: {out}/run.md")
     if "score" not in card["model"]["spec"]:
         lines.append(f'next: weft generate {out}/{"best" if card["best"] else "last"} -p "…"')

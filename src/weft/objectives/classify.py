@@ -13,6 +13,7 @@ from weft.objectives.rows import last_scores, read_texts
 from weft.objectives.settings import ClassifySettings
 from weft.spec import ModelSpec
 from weft.train.objective import POLICY, Models, Role, Term
+from weft.train.watched import ACCURACY, Watched
 
 
 class Classify:
@@ -21,6 +22,8 @@ class Classify:
 
     Terms `class` and, unless its weight is 0, `lm`. Metric `accuracy`, the share of texts whose likeliest class is theirs.
     """
+
+    watched = (Watched("loss", unit="nats"), ACCURACY)
 
     def __init__(self, settings: ClassifySettings | None = None, spec: ModelSpec | None = None) -> None:
         self.lm = (settings or ClassifySettings()).lm

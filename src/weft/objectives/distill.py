@@ -16,6 +16,7 @@ from weft.objectives.next_token import step_of
 from weft.objectives.settings import DistillSettings
 from weft.spec import ModelSpec
 from weft.train.objective import POLICY, Models, Role, Term
+from weft.train.watched import LOSS
 
 TEACHER = "teacher"
 
@@ -29,6 +30,7 @@ class Distill:
     """
 
     roles: Mapping[str, Role] = {POLICY: Role(trained=True), TEACHER: Role(trained=False)}
+    watched = (LOSS,)
 
     def __init__(self, settings: DistillSettings, spec: ModelSpec | None = None, chunk: int | None = None) -> None:
         self.alpha, self.chunk = settings.alpha, chunk

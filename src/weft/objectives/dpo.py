@@ -18,6 +18,7 @@ from weft.objectives.rows import read_texts
 from weft.objectives.settings import DPOSettings
 from weft.spec import ModelSpec
 from weft.train.objective import POLICY, Models, Role, Term
+from weft.train.watched import ACCURACY, Watched
 
 
 def dpo_losses(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -40,6 +41,8 @@ class DPO:
     Grattafiori et al. 2024, section 4.1.4). Metrics over pairs, of the implicit rewards beta * log(policy / reference): `accuracy`, the
     share whose chosen answer has the larger one; `margin`, their difference; `chosen_reward` and `rejected_reward`.
     """
+
+    watched = (Watched("loss"), ACCURACY)  # nats a pair, but for IPO
 
     def __init__(self, settings: DPOSettings | None = None, spec: ModelSpec | None = None, own_reference: bool = True) -> None:
         """own_reference  whether a model of its own is the reference, or the policy without its adapter."""

@@ -15,6 +15,7 @@ from weft.objectives.mtp import WEIGHT, mtp_counts, mtp_terms
 from weft.objectives.settings import NextTokenSettings
 from weft.spec import ModelSpec
 from weft.train.objective import POLICY, Models, Role, Term
+from weft.train.watched import LOSS
 
 
 class NextToken:
@@ -26,6 +27,7 @@ class NextToken:
     """
 
     name = "next_token"
+    watched = (LOSS,)
 
     def __init__(
         self, settings: NextTokenSettings | None = None, chunk: int | None = None, depth: int = 0, spec: ModelSpec | None = None

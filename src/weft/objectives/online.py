@@ -24,6 +24,7 @@ from weft.rewards import Answer, open_judge
 from weft.spec import ModelSpec
 from weft.train.objective import POLICY, Term
 from weft.train.rollout import Rollouts, Sampled
+from weft.train.watched import DIVERGENCE, MEAN_REWARD, Watched
 
 REWARD = "reward"  # the role of a reward model
 # Answers in a row, none of which ended, that are no accident: from the beginning of a run, and where some have ended before.
@@ -40,6 +41,8 @@ class Online:
     model); `finished`, the share that the policy ended; `length` in tokens.
     Its state is how many answers in a row, over all processes and steps, did not end, and whether one ever did.
     """
+
+    watched: Sequence[Watched] = (MEAN_REWARD, DIVERGENCE)
 
     def __init__(self, settings: OnlineSettings, spec: ModelSpec | None = None) -> None:
         self.online, self.auxiliary = settings, Auxiliary(spec)

@@ -16,13 +16,17 @@ from weft.objectives.settings import RejectionSettings
 from weft.spec import ModelSpec
 from weft.train.objective import POLICY, Models, Role, Term
 from weft.train.rollout import Rollouts
+from weft.train.watched import MEAN_REWARD, Watched
 
 
 class Rejection(Online):
     """Next tokens of the answers that were kept: `keep` of each prompt's `samples`, those with the highest reward (of equals the first).
 
-    Term `next_token`. Metrics besides `Online`'s, which are of the answers kept: `sampled_reward`, the mean of all that were written.
+    Term `next_token`. Metrics besides `Online`'s, of which `reward` is the mean of all answers and the others are of those kept:
+    `kept_reward`.
     """
+
+    watched = (MEAN_REWARD, Watched("next_token", unit="nats a token"))
 
     def __init__(self, settings: RejectionSettings, spec: ModelSpec | None = None) -> None:
         super().__init__(settings, spec)
@@ -33,10 +37,11 @@ class Rejection(Online):
 
     def rollout(self, engine: Rollouts, batch: PromptBatch) -> AnswerBatch:
         rows = self.answers(engine, batch, self.settings.samples)
-        groups = rows.columns["reward"].view(-1, self.settings.samples)
+        rewards = rows.columns["reward"]
+        groups = rewards.view(-1, self.settings.samples)
         best = torch.argsort(groups, dim=1, descending=True, stable=True)[:, : self.settings.keep]
         first = torch.arange(len(groups))[:, None] * self.settings.samples
-        columns = {**rows.columns, "sampled_reward": groups.mean(1).repeat_interleave(self.settings.samples)}
+        columns = {**rows.columns, "reward": groups.mean(1).repeat_interleave(self.settings.samples), "kept_reward": rewards}
         return replace(rows, columns=columns).pick((first + best).flatten())
 
     def minibatches(self, batch: AnswerBatch) -> Sequence[AnswerBatch]:
@@ -51,4 +56,4 @@ class Rejection(Online):
         mask = texts.mask.flatten()
         sums = linear_cross_entropy(output.hidden.flatten(0, 1), head_of(models[POLICY]), texts.targets.flatten(), mask)
         terms = {"next_token": Term(sums.loss, mask.sum()), **self.auxiliary.terms(output.aux, valid)}
-        return terms, {**row_metrics(batch, ["sampled_reward"]), **statistics(POLICY, output.aux)}
+        return terms, {**row_metrics(batch, ["kept_reward"]), **statistics(POLICY, output.aux)}

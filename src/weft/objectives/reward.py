@@ -12,6 +12,7 @@ from weft.objectives.rows import last_scores, read_texts
 from weft.objectives.settings import RewardSettings
 from weft.spec import ModelSpec
 from weft.train.objective import POLICY, Models, Role, Term
+from weft.train.watched import ACCURACY, Watched
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
@@ -30,6 +31,7 @@ class Reward:
     """
 
     roles: Mapping[str, Role] = {POLICY: Role(trained=True, reads=frozenset({"score"}))}
+    watched = (Watched("loss", unit="nats a pair"), ACCURACY)
 
     def __init__(self, settings: RewardSettings | None = None, spec: ModelSpec | None = None) -> None:
         self.centre = (settings or RewardSettings()).centre

@@ -7,6 +7,7 @@ import torch
 
 from weft import __version__
 from weft.train.callbacks import clock
+from weft.train.watched import Watched
 
 Card = dict[str, Any]
 
@@ -60,12 +61,12 @@ def _source(each: dict[str, Any]) -> list[str]:
 
 def _results(card: Card) -> list[list[str]]:
     rows = []
-    if card["loss"]:
-        rows.append(["training loss, last steps", f"{card['loss']:.4f}"])
+    for name, value in card["training"].items():
+        rows.append([f"training {name}, last steps", f"{value:.4f}"])
     for what, measured in (("held-out", card["valid"]), ("mean of checkpoints, held-out", card["average"])):
         rows += [[f"{what} {name.replace('_', ' ')}", f"{value:.4f}"] for name, value in measured.items()]
     if card["best"]:
-        rows.append(["best held-out loss", f"{card['best']['loss']:.4f} at step {card['best']['step']}"])
+        rows.append(["best held-out figure", f"{Watched(**card['watched'][0]).best(card['best']['loss'])} at step {card['best']['step']}"])
     return rows
 
 

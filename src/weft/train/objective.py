@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor
 
 from weft.nn import Model
+from weft.train.watched import Watched
 
 POLICY = "policy"  # the role of the model a run is about
 ENDS = ("head", "score", "mtp")  # what is read of a model behind its last layer, by one objective and not by another
@@ -65,6 +66,11 @@ class Objective(Protocol[B]):
 
     @property
     def roles(self) -> Mapping[str, Role]: ...
+
+    @property
+    def watched(self) -> Sequence[Watched]:
+        """What people follow in a run, first the figure that says whether it goes well."""
+        ...
 
     def rollout(self, engine: Any, batch: B) -> B:
         """What is generated before the loss (PPO, GRPO, on-policy distillation); offline objectives return the batch itself."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,11 +14,12 @@ from weft.files import atomic_write
 from weft.machine import matmul_peak
 from weft.train.card import Card, markdown, versions
 from weft.train.checkpoint import TrainState
-from weft.train.history import read_metrics
+from weft.train.history import Row, read_metrics
 from weft.train.job import Job
-from weft.train.plot import plot_loss
+from weft.train.plot import plot_run
 from weft.train.speed import Pace, peak_memory
 from weft.train.staged_batches import StagedBatches
+from weft.train.watched import LOSS
 from weft.zoo import family_of
 
 
@@ -35,7 +38,7 @@ class Report:
         self._resumed_from = 0
         self._timed_tokens, self._timed_flops, self._timed_seconds = 0, 0.0, 0.0
         self.average: dict[str, float] = {}
-        self._loss = 0.0
+        self._training: dict[str, float] = {}
 
     def sizes(self, steps: int) -> list[tuple[int, int, int]]:
         """Of the first `steps` steps: (steps, positions of a global batch, of a row), an entry for every stage of a run that has any."""
@@ -73,7 +76,11 @@ class Report:
         path = self.job.out / "run.json"
         if json.loads(path.read_text(encoding="utf-8")).get("status") != status:
             return self.finish(state, status)
-        return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "format"}
+        card = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "format"}
+        return {"watched": self._watched(), "training": {}, **card}  # which earlier versions did not write
+
+    def _watched(self) -> list[dict[str, Any]]:
+        return [asdict(each) for each in self.job.objective.watched]
 
     def check_resumable(self, state: TrainState) -> None:
         """Raise UserError where the settings, the data or the models it reads differ from those the run began with."""
@@ -99,9 +106,11 @@ class Report:
             return f"{self.job.out} holds no trained weights."
         return f"The weights of step {self.saved_step} are kept in {self.job.out / 'last'}."
 
-    def observe(self, state: TrainState, steps: int, seconds: float, loss: float, settling: bool) -> Pace:
-        """Some more steps took so many seconds; `settling` where compilation was among them, which is not counted as pace."""
-        self._loss, before = loss, state.step - steps
+    def observe(self, state: TrainState, rows: Sequence[Row], seconds: float, settling: bool) -> Pace:
+        """The steps of these rows took so many seconds; `settling` where compilation was among them, which is not counted as pace."""
+        means = {each.name: each.mean(rows) for each in (LOSS, *self.job.objective.watched)}
+        self._training = {name: mean for name, mean in means.items() if mean is not None}
+        before = state.step - len({row["step"] for row in rows})  # a step may have several updates, with a row each
         tokens, flops = self.tokens(state.step) - self.tokens(before), self.flops(state.step) - self.flops(before)
         if not settling:
             self._timed_tokens, self._timed_flops = self._timed_tokens + tokens, self._timed_flops + flops
@@ -142,7 +151,8 @@ class Report:
                 **job.facts,
             },
             "data": job.batches.report(state.step),
-            "loss": self._loss,
+            "watched": self._watched(),
+            "training": self._training,
             "valid": self.valid,
             "average": self.average,
             "best": None if state.best is None else {"loss": state.best, "step": state.best_step},
@@ -167,7 +177,8 @@ class Report:
             folder.write_card(card)
             atomic_write(folder.path / "run.md", markdown(card))
             if self.job.log.plot:
-                plot_loss(read_metrics(folder.metrics), folder.path / "loss.png", f"{card['model']['parameters']:,} parameters")
+                title = f"{card['model']['parameters']:,} parameters"
+                plot_run(read_metrics(folder.metrics), self.job.objective.watched, folder.path / "loss.png", title)
         return card
 
 

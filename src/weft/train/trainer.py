@@ -240,9 +240,7 @@ class Trainer:
             self._metrics.append(rows)
         seconds = self.stopwatch.lap()
         self.state.seconds += seconds
-        loss = sum(row["loss"] for row in rows) / len(rows)
-        steps = len({row["step"] for row in rows})  # one may have several updates, with a row each
-        pace = self.report.observe(self.state, steps, seconds, loss, settling=self._sitting <= SETTLE)
+        pace = self.report.observe(self.state, rows, seconds, settling=self._sitting <= SETTLE)
         self._tell("on_log", [dict(row) for row in rows], pace)
 
     def _evaluate(self) -> None:

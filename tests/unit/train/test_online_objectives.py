@@ -172,10 +172,10 @@ def test_rejection_keeps_the_best_of_each_prompt(tokenizer, tmp_path):
     _, _, all_rows = made(tokenizer, tmp_path, "grpo")
     _, engine, kept = made(tokenizer, tmp_path, "rejection")
     rewards = all_rows.columns["reward"].view(-1, 3)
-    torch.testing.assert_close(kept.columns["reward"], rewards.amax(1))
-    torch.testing.assert_close(kept.columns["sampled_reward"], rewards.mean(1))
+    torch.testing.assert_close(kept.columns["kept_reward"], rewards.amax(1))
+    torch.testing.assert_close(kept.columns["reward"], rewards.mean(1))
     objective, _, two = made(tokenizer, tmp_path, "rejection", keep=2)
-    torch.testing.assert_close(two.columns["reward"].view(-1, 2), rewards.sort(1, descending=True).values[:, :2])
+    torch.testing.assert_close(two.columns["kept_reward"].view(-1, 2), rewards.sort(1, descending=True).values[:, :2])
     expected = torch.stack([-naive_log_probs(engine.models[POLICY], ids, places).sum() for _, places, ids in rows_of(two)]).sum()
     torch.testing.assert_close(total(objective, engine.models, two), expected / two.texts.num_targets, rtol=0, atol=1e-10)
 

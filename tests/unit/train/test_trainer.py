@@ -143,13 +143,14 @@ def test_an_objective_may_make_several_updates_of_one_batch(tmp_path, monkeypatc
     model, by_hand = cases.model_of(), cases.model_of()
     counted, observe = [], Report.observe
 
-    def watched(self, state, steps, *rest, **named):
-        counted.append(steps)
-        return observe(self, state, steps, *rest, **named)
+    def watched(self, state, rows, seconds, **named):
+        pace = observe(self, state, rows, seconds, **named)
+        counted.append(round(pace.tokens_per_s * seconds))
+        return pace
 
     monkeypatch.setattr(Report, "observe", watched)
     _run(_job(tmp_path / "run", models={POLICY: model}, objective=Halves(), **inner))
-    assert counted == [1, 1], "the pace is that of steps, not of updates"
+    assert counted == [7 * 24, 7 * 24], "the pace is that of steps, not of updates"
     optimizer = Optimizer(by_hand, inner["optim"])
     for step in range(2):
         for part in Halves().minibatches(cases.batches_of().batch(step)):
@@ -220,7 +221,7 @@ def test_training_learns(tmp_path):
     batches = Batches(cut(store, 24), 8, seed=0)
     for name in ("adamw", "muon"):
         card = _run(_job(tmp_path / name, steps=60, batches=batches, optim=OptimSettings(name=name, lr=2e-2), evaluation=EvalSettings()))
-        assert card["loss"] < 0.6 < math.log(cases.VOCAB) / 2, name
+        assert card["training"]["loss"] < 0.6 < math.log(cases.VOCAB) / 2, name
 
 
 def test_early_stopping_keeps_the_best(tmp_path):
