@@ -19,6 +19,7 @@ from weft.train.callbacks import Callback
 from weft.train.checkpoint import SavedRun, TrainState, save_checkpoint, save_weights
 from weft.train.evaluate import evaluate
 from weft.train.feed import Feed
+from weft.train.heap import Heap
 from weft.train.history import History, MetricsFile, Row, check_finite
 from weft.train.interrupt import Interrupt
 from weft.train.job import Job
@@ -64,6 +65,7 @@ class Trainer:
         self.interrupt = Interrupt(quiet=not self.world.leads)
         self._metrics: MetricsFile | None = None
         self.stopwatch = Stopwatch()
+        self.heap = Heap()
         self._sitting = 0  # steps since this process began
         self._evaluation_seconds = 0.0
         self._logged_at = self._saved_at = time.perf_counter()
@@ -175,6 +177,7 @@ class Trainer:
         """Everything that happens between two steps. What all processes do together, all were told to do."""
         state, job = self.state, self.job
         fixed = self._fix_length(seconds)
+        self.heap.after_step()
         self._sitting += 1
         if log or self._sitting == SETTLE or (job.log.every is not None and state.step % job.log.every == 0):
             self._log()
