@@ -54,6 +54,14 @@ def test_transformers_loads_what_was_trained(host, finished):
     assert tokenizer.decode(tokenizer("weft").input_ids) == "weft"
 
 
+def test_a_model_that_talks_is_to_be_talked_to(host, finished):
+    template = host.folder / "done/best/chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    _, text = _said(host, "recipe.yaml", "out=done", "steps=4")
+    template.unlink()
+    assert "next: weft chat done/best" in text
+
+
 def test_a_run_that_is_over_is_not_run_again_but_with_restart(host, finished):
     before = (host.folder / "done/last/trainer.json").stat().st_mtime_ns
     code, text = _said(host, "recipe.yaml", "out=done", "steps=4")

@@ -76,5 +76,7 @@ def _closing(card: dict[str, Any]) -> str:
         lines.append(f"best held-out {main.best(card['best']['loss'])} at step {card['best']['step']}: {out}/best")
     lines.append(f"last weights: {out}/last   run card: {out}/run.md")
     if "score" not in card["model"]["spec"]:
-        lines.append(f'next: weft generate {out}/{"best" if card["best"] else "last"} -p "…"')
+        folder = Path(out) / ("best" if card["best"] else "last")
+        talks = (folder / "chat_template.jinja").is_file()
+        lines.append(f"next: weft chat {folder}" if talks else f'next: weft generate {folder} -p "…"')
     return "\n".join(lines)
