@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from weft import kernels
 from weft.nn import Model
 from weft.nn.adapters import adapters_off, has_adapter
 from weft.train.objective import POLICY, Role
@@ -38,14 +39,16 @@ def reference_of(policy: Model, other: Model | None = None, fresh: bool = True) 
 
 @contextmanager
 def reference_in(models: Mapping[str, Model]) -> Iterator[Model]:
-    """The reference of a run, without dropout and without gradients: a model of its own, or the policy with its adapter off."""
+    """The reference of a run, without dropout and without gradients: a model of its own, or the policy with its adapter off. Native kernels
+    compute it where they compute the policy, which is not in training."""
+    plain = kernels.unused() if torch.is_grad_enabled() else nullcontext()
     if REFERENCE in models:
-        with torch.no_grad():
+        with torch.no_grad(), plain:
             yield models[REFERENCE]
         return
     policy = models[POLICY]
     training = policy.training
-    with torch.no_grad(), adapters_off(policy):
+    with torch.no_grad(), plain, adapters_off(policy):
         policy.eval()
         try:
             yield policy

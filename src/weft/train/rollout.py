@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from weft import kernels
 from weft.engine import Engine, Request, SamplingParams
 from weft.errors import UserError
 from weft.nn import Model
@@ -79,11 +80,13 @@ class Rollouts:
     @torch.no_grad()
     def passes(self, num_rows: int, compute: Callable[[int, int], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What `compute(start, stop)` says of rows start … stop - 1, for all rows, in as many passes as training takes: tensors [rows, …]
-        on the CPU, shorter ones padded with zeros along their second axis. Models are put in eval mode and back."""
+        on the CPU, shorter ones padded with zeros along their second axis. Models are put in eval mode and back. The bits are those of the
+        passes that training makes of the same rows where it is not compiled: until the weights change, ratios are 1 and divergences 0."""
         found: dict[str, list[Tensor]] = {}
         size = self.micro or num_rows
         narrow = self.products in (torch.bfloat16, torch.float16)
-        with _at_rest(*self.models.values()), torch.autocast(self.device.type, dtype=self.products, enabled=narrow):
+        rest = _at_rest(*self.models.values())
+        with rest, kernels.unused(), torch.autocast(self.device.type, dtype=self.products, enabled=narrow):
             for start in range(0, num_rows, size):
                 for name, value in compute(start, min(start + size, num_rows)).items():
                     found.setdefault(name, []).append(value.cpu())

@@ -36,7 +36,7 @@ class Watched:
 
     def best(self, loss: float) -> str:
         """The lowest held-out loss, said of this figure."""
-        return f"{self.title} {self.write(-loss if self.rises else loss)}"
+        return f"{self.title} {self.write(0.0 - loss if self.rises else loss)}"
 
 
 LOSS = Watched("loss", unit="nats a token")

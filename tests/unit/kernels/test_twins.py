@@ -130,6 +130,10 @@ def test_a_session_settles_the_question_and_gives_it_back():
         assert kernels.usable(x)
         assert not kernels.usable(x.double())
         assert not kernels.usable(x, x.bfloat16())
+        with kernels.unused():
+            assert not kernels.usable(x)
+            with kernels.settled(torch.float32, torch.device("cpu")):
+                assert not kernels.usable(x), "nor where someone asks for them inside"
         with kernels.settled(torch.float64, torch.device("cpu"), coarse=True):
             assert kernels.coarse()
         assert not kernels.coarse()

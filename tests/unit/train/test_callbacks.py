@@ -63,6 +63,7 @@ def test_the_line_shows_what_the_objective_has_watched():
     assert answers == "step 4/9  reward 0.2500  KL 1.50  held-out 0.5000  1,234 tok/s  MFU 26%  1:15 left"
     assert "KL" not in shown(PPO.watched, {"step": 4, "valid_reward": 0.5}, {"step": 4, "loss": 0.0, "reward": 0.25})
     assert PPO.watched[0].best(-0.5) == "reward 0.5000"
+    assert PPO.watched[0].best(0.0) == "reward 0.0000"
     assert Reward.watched[0].best(0.5) == "loss 0.5000"
 
 

@@ -5,6 +5,7 @@ import pytest
 import tokenizers
 import torch
 
+from weft import kernels
 from weft.data.answers import AnswerBatch, Answered
 from weft.data.collate import TextRows
 from weft.data.prompts import HELD_OUT, PromptBatches, PromptExample, collate, prompt_seed
@@ -12,6 +13,7 @@ from weft.engine import Engine, Request, SamplingParams
 from weft.errors import UserError
 from weft.nn.adapters import adapter_parameters, adapters_off, attach
 from weft.objectives.online import answer_log_probs
+from weft.objectives.reference import REFERENCE, reference_in, reference_of
 from weft.objectives.rows import read_texts
 from weft.spec.adapters import LoRA
 from weft.tokenizer import Settings, Tokenizer
@@ -92,6 +94,33 @@ def test_the_sampler_and_the_training_pass_agree_on_every_token(tokenizer, tempe
         torch.testing.assert_close(found, said, rtol=0, atol=1e-10)
     else:  # negative control: at another temperature they are other numbers
         assert (found - said).abs().max() > 1e-2
+
+
+def test_passes_without_gradients_have_the_bits_of_training(tokenizer):
+    layer = {"repeat": 6, "mixer": {"type": "attention", "heads": 4, "rope": {}}, "channel": {"type": "gated", "hidden": 512}}
+    policy = online.policy_of(dtype=torch.float32, dim=320, norm={"type": "rms"}, layers=[layer]).train()
+    rollouts = online.rollouts_of(tokenizer, {POLICY: policy})
+    rollouts.products, rollouts.micro = torch.bfloat16, 4
+    generator = torch.Generator().manual_seed(0)
+    texts = TextRows.lay([Answered(torch.randint(200, (30,), generator=generator).tolist(), [7] * 12) for _ in range(4)])
+
+    def compute(*_):
+        return {"found": answer_log_probs(policy, read_texts(policy, texts).output, texts).log_probs.detach()[None]}
+
+    def reference(*_):
+        with reference_in({POLICY: policy, REFERENCE: reference_of(policy)[REFERENCE]}) as model:
+            return {"found": answer_log_probs(model, read_texts(model, texts).output, texts).log_probs[None]}
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained, beside = compute()["found"], reference()["found"]
+        with torch.no_grad():
+            native, evaluated = compute()["found"], reference()["found"]
+    assert torch.equal(rollouts.passes(4, compute)["found"], trained)
+    assert torch.equal(rollouts.passes(4, reference)["found"], trained)
+    assert torch.equal(beside, trained)
+    assert torch.equal(evaluated, native), "and outside training both are computed as they are there"
+    if kernels.available():
+        assert not torch.equal(native, trained), "control: native kernels add up in another order"
 
 
 def test_log_probabilities_of_no_answer_at_all():
