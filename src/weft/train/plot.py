@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Sequence
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,11 +36,12 @@ def plot_run(rows: Sequence[Row], watched: Sequence[Watched], path: Path, title:
 
 
 def _draw(axes: "Axes", rows: Sequence[Row], watched: Watched) -> None:
-    """One figure."""
-    steps = [row for row in rows if row.get(watched.name) is not None]
+    """One figure; of the several updates that a step may have, their mean."""
+    found = (row for row in rows if row.get(watched.name) is not None)
+    steps = [list(updates) for _, updates in groupby(found, key=itemgetter("step"))]
     held_out = [row for row in rows if row.get(f"valid_{watched.name}") is not None]
     size = max(1, len(steps) // POINTS)
-    groups = [steps[start : start + size] for start in range(0, len(steps), size)]
+    groups = [list(chain(*steps[start : start + size])) for start in range(0, len(steps), size)]
     means = [mean for group in groups if (mean := watched.mean(group)) is not None]
     axes.plot([group[-1]["step"] for group in groups], means, label="training")
     if held_out:

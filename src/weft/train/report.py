@@ -152,6 +152,7 @@ class Report:
             },
             "data": job.batches.report(state.step),
             "watched": self._watched(),
+            "loss": self._training.get("loss", 0.0),
             "training": self._training,
             "valid": self.valid,
             "average": self.average,
