@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from train_runs import Host, losses, make_inputs
 
+from weft.cli.train import closing
+
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
@@ -54,12 +56,14 @@ def test_transformers_loads_what_was_trained(host, finished):
     assert tokenizer.decode(tokenizer("weft").input_ids) == "weft"
 
 
-def test_a_model_that_talks_is_to_be_talked_to(host, finished):
-    template = host.folder / "done/best/chat_template.jinja"
-    template.write_text("{{ messages[0].content }}")
-    _, text = _said(host, "recipe.yaml", "out=done", "steps=4")
-    template.unlink()
-    assert "next: weft chat done/best" in text
+def test_a_model_that_learned_to_answer_is_to_be_talked_to(host, finished, tmp_path):
+    card = {**json.loads((host.folder / "done/run.json").read_text()), "out": str(tmp_path)}
+    tuned = {**card, "run": {**card["run"], "objective": "SFT"}}
+    assert f"next: weft generate {tmp_path}/best" in closing(tuned), "which needs a template"
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert f"next: weft chat {tmp_path}/best" in closing(tuned)
+    assert f"next: weft generate {tmp_path}/best" in closing(card), "a model of text, whose tokenizer has a template"
 
 
 def test_a_run_that_is_over_is_not_run_again_but_with_restart(host, finished):

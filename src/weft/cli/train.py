@@ -11,6 +11,14 @@ from weft.cli.console import emit_json, progress, say
 if TYPE_CHECKING:
     from weft.train.recipe import Recipe
 
+TALKING = (
+    "SFT",
+    "DPO",
+    "PPO",
+    "GRPO",
+    "Rejection",
+)  # objectives whose models answer; one of text may have a chat template of its tokenizer's
+
 
 def train(
     recipe: Path = typer.Argument(..., help="A YAML recipe.", show_default=False),
@@ -52,14 +60,14 @@ def _run(read: "Recipe", restart: bool, json: bool) -> None:
 
         card = run_recipe(read, restart, [Line()], report)
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
-        say(_closing(card))
+        say(closing(card))
         if json:
             emit_json(card)
     if card["status"] == "interrupted":
         raise typer.Exit(130)
 
 
-def _closing(card: dict[str, Any]) -> str:
+def closing(card: dict[str, Any]) -> str:
     """What came out, and what to do next."""
     from weft.train.watched import Watched
 
@@ -77,6 +85,6 @@ def _closing(card: dict[str, Any]) -> str:
     lines.append(f"last weights: {out}/last   run card: {out}/run.md")
     if "score" not in card["model"]["spec"]:
         folder = Path(out) / ("best" if card["best"] else "last")
-        talks = (folder / "chat_template.jinja").is_file()
+        talks = run["objective"] in TALKING and (folder / "chat_template.jinja").is_file()
         lines.append(f"next: weft chat {folder}" if talks else f'next: weft generate {folder} -p "…"')
     return "\n".join(lines)

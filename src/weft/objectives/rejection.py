@@ -26,7 +26,7 @@ class Rejection(Online):
     `kept_reward`.
     """
 
-    watched = (MEAN_REWARD, Watched("next_token", unit="nats a token"))
+    watched = (MEAN_REWARD, Watched("kept_reward", label="reward of those kept"))
 
     def __init__(self, settings: RejectionSettings, spec: ModelSpec | None = None) -> None:
         super().__init__(settings, spec)
