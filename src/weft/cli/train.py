@@ -11,13 +11,8 @@ from weft.cli.console import emit_json, progress, say
 if TYPE_CHECKING:
     from weft.train.recipe import Recipe
 
-TALKING = (
-    "SFT",
-    "DPO",
-    "PPO",
-    "GRPO",
-    "Rejection",
-)  # objectives whose models answer; one of text may have a chat template of its tokenizer's
+# Objectives whose models answer; a model of text may have a chat template that came with its tokenizer.
+TALKING = ("SFT", "DPO", "PPO", "GRPO", "Rejection")
 
 
 def train(
