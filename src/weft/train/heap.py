@@ -32,7 +32,7 @@ class Heap:
     when the process is `GROWTH` times as large as it was after the step that followed the last time.
     """
 
-    GROWTH = 1.2
+    GROWTH = 1.1
 
     def __init__(self) -> None:
         self._library = _glibc()
