@@ -73,10 +73,10 @@ class Report:
 
     def earlier_card(self, state: TrainState, status: str) -> Card:
         """The card of a run that was over before; written now, without its pace, where a kill came between its end and its card."""
-        path = self.job.out / "run.json"
-        if json.loads(path.read_text(encoding="utf-8")).get("status") != status:
+        card = json.loads((self.job.out / "run.json").read_text(encoding="utf-8"))
+        if card.get("status") != status:
             return self.finish(state, status)
-        card = {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "format"}
+        del card["format"]
         return {"watched": self._watched(), "training": {}, **card}  # which earlier versions did not write
 
     def _watched(self) -> list[dict[str, Any]]:
