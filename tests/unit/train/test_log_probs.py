@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft.objectives.cross_entropy import linear_cross_entropy
 from weft.objectives.divergence import Divergence, Side, linear_divergence, naive_divergence
@@ -49,6 +50,43 @@ def test_summed_they_are_the_cross_entropy():
     sums = linear_cross_entropy(hidden, head, targets, torch.ones(TOKENS))
     torch.testing.assert_close(-values.sum(), sums.loss, rtol=1e-12, atol=0)
     assert (-linear_log_probs(hidden, head, targets.roll(1)).log_probs.sum() - sums.loss).abs() > 1
+
+
+class Products(TorchDispatchMode):
+    """The shapes of all matrix products that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.add(tuple(matrix.shape for matrix in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+def _divergence(hidden, head, targets):
+    return linear_divergence(Side(hidden, head), Side(hidden.detach(), head), torch.ones(len(hidden)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda hidden, head, targets: linear_cross_entropy(hidden, head, targets, torch.ones(len(hidden))).loss,
+        lambda hidden, head, targets: linear_log_probs(hidden, head, targets).log_probs.sum(),
+        _divergence,
+    ],
+)
+def test_few_shapes_are_multiplied_however_many_tokens_there_are(loss):
+    hidden, head, targets = case(True, None)
+
+    def shapes(tokens: int) -> set[tuple[torch.Size, ...]]:
+        with Products() as products:
+            loss(hidden[:tokens], head, targets[:tokens]).backward()
+        return products.shapes
+
+    assert len(shapes(5)) == 3  # logits, and the gradients of both that made them
+    assert shapes(5) == shapes(32) != shapes(33) == shapes(64)
 
 
 def test_logits_far_from_zero_lose_nothing():
