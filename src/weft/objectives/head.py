@@ -11,7 +11,7 @@ from weft.nn import Model
 from weft.nn.packed import PackedWeight
 
 LEAST_TOKENS = 256  # of a chunk: with fewer, adding up the head's gradient costs more than the logits save
-TOGETHER = 32  # tokens; a CPU multiplies multiples of it
+TOGETHER = 32  # tokens, of which a CPU's products take multiples: see `_rounded_up`
 CPU_LOGITS, CPU_COMPILED_LOGITS, GPU_LOGITS = 1 << 20, 1 << 22, 1 << 27  # 4 MB lies in a cache; compiled chunks cost compile time
 
 
@@ -44,15 +44,15 @@ def logits_of(hidden: Tensor, head: Head, wide: torch.dtype) -> Tensor:
 
 
 def _rounded_up(rows: Tensor) -> Tensor:
-    """rows [C, ...] and as many of zeros below them as make C a multiple of `TOGETHER`.
+    """rows [C, W] and as many of zeros below them as make C a multiple of `TOGETHER`.
 
-    Answers of all lengths have chunks of all sizes. For each that it multiplies oneDNN makes code and keeps it, a thousand times: a run of
-    LoRA on SmolLM2-135M held 4 MB more after every step, in small pieces between which large tensors fit no longer.
+    Answers of all lengths have chunks of all sizes, and for each size that it meets oneDNN makes code and keeps it, up to a thousand: with
+    LoRA on SmolLM2-135M 4 MB more were in use after every step, in small pieces between which large tensors fit no longer.
     """
     more = -len(rows) % TOGETHER
     if not more or rows.device.type != "cpu" or torch.compiler.is_compiling():
         return rows
-    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, more))
+    return F.pad(rows, (0, 0, 0, more))
 
 
 def before_cap(dlogits: Tensor, logits: Tensor, head: Head) -> Tensor:
